@@ -1,0 +1,49 @@
+"""Nemotron 3 Super for transformers.
+
+Importing this package makes transformers' Auto classes, pipelines and trainers use it for `model_type: nemotron_h`.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .configuration.configuration_nemotron_h import NemotronHConfig
+from .configuration.presets import PRESETS, preset
+from .conversion import checkpoint_names
+from .modeling.cache import HybridCache
+from .modeling.modeling_nemotron_h import (
+    NemotronHCausalLMOutput,
+    NemotronHForCausalLM,
+    NemotronHForSequenceClassification,
+    NemotronHForTokenClassification,
+    NemotronHModel,
+    NemotronHPreTrainedModel,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "PRESETS",
+    "HybridCache",
+    "NemotronHCausalLMOutput",
+    "NemotronHConfig",
+    "NemotronHForCausalLM",
+    "NemotronHForSequenceClassification",
+    "NemotronHForTokenClassification",
+    "NemotronHModel",
+    "NemotronHPreTrainedModel",
+    "preset",
+]
+
+AutoConfig.register("nemotron_h", NemotronHConfig, exist_ok=True)
+for _auto, _model in (
+    (AutoModel, NemotronHModel),
+    (AutoModelForCausalLM, NemotronHForCausalLM),
+    (AutoModelForSequenceClassification, NemotronHForSequenceClassification),
+    (AutoModelForTokenClassification, NemotronHForTokenClassification),
+):
+    _auto.register(NemotronHConfig, _model, exist_ok=True)
+checkpoint_names.register()

@@ -1,0 +1,43 @@
+"""One step of the Mamba-2 recurrence, for decoding, in plain torch.
+
+    H <- exp(dt A) H + dt x B^T          y = H C + D x
+
+The same mathematics as `ssd_chunk_scan`, with no clamp of dt in either, so that prefill and decode agree.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """Advance `state` in place by one token and return its output.
+
+    Args:
+        state: (batch, heads, head_dim, state_size); updated in place, in its own dtype.
+        x: (batch, heads, head_dim).
+        dt: (batch, heads), float32, after softplus; 0 leaves the state as it is (padding).
+        A: (heads,), negative, float32.
+        B, C: (batch, groups, state_size).
+        D: (heads,).
+
+    Returns:
+        y: (batch, heads, head_dim) in the dtype of x.
+    """
+    batch, heads, head_dim, state_size = state.shape
+    groups = B.shape[1]
+    rows = heads // groups * head_dim
+    work = torch.promote_types(x.dtype, torch.float32)
+    new = state if state.dtype == work else state.to(work)
+    new.mul_(torch.exp(dt * A).to(work)[:, :, None, None])
+    flat = new.view(batch * groups, rows, state_size)
+    x_work = x.to(work)
+    flat.baddbmm_(
+        (x_work * dt.to(work).unsqueeze(-1)).view(batch * groups, rows, 1),
+        B.to(work).reshape(batch * groups, 1, state_size),
+    )
+    y = torch.bmm(flat, C.to(work).reshape(batch * groups, state_size, 1)).view(batch, heads, head_dim)
+    if new is not state:
+        state.copy_(new)
+    return torch.addcmul(y, x_work, D.to(work).unsqueeze(-1)).to(x.dtype)

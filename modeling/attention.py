@@ -1,0 +1,85 @@
+"""Grouped-query attention without position encoding, QK norm or bias, through transformers' attention interface."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..configuration.configuration_nemotron_h import NemotronHConfig
+from .token_layout import TokenLayout
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, for `attn_implementation="eager"` and `output_attentions=True`.
+
+    Args:
+        query: (batch, heads, seq, head_dim); key, value: (batch, kv_heads, kv_seq, head_dim).
+        attention_mask: additive, broadcastable to (batch, heads, seq, kv_seq).
+
+    Returns:
+        Output (batch, seq, heads, head_dim) and weights (batch, heads, seq, kv_seq).
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class NemotronHAttention(nn.Module):
+    """Causal grouped-query attention, scale `head_dim ** -0.5`. Input and output (batch, seq, hidden)."""
+
+    is_causal = True  # read by transformers' attention functions
+
+    def __init__(self, config: NemotronHConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        query_width = config.num_attention_heads * self.head_dim
+        kv_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self, hidden_states: Tensor, layout: TokenLayout, past_key_values: Cache | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, length, _ = hidden_states.shape
+        query, key, value = (
+            projection(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if past_key_values is not None:
+            cached = past_key_values.update(key, value, self.layer_idx)
+            # Packed documents never look back into the cache, so they attend to this call's keys as they are.
+            key, value = cached if layout.documents is None else (key, value)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        kwargs |= {"dropout": self.config.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        if layout.documents is None:
+            out, weights = attend(self, query, key, value, layout.attention_mask, **kwargs)
+        else:
+            # One document after another: no mask of the square of the packed length is ever built.
+            weights = None
+            out = query.new_empty(batch, length, query.shape[1], self.head_dim)
+            for row, start, end in layout.documents:
+                part = [t[row : row + 1, :, start:end] for t in (query, key, value)]
+                out[row, start:end] = attend(self, *part, None, **kwargs)[0][0]
+        return self.o_proj(out.reshape(batch, length, -1)), weights

@@ -1,0 +1,112 @@
+"""The hybrid cache: keys and values for attention layers, convolution window and SSM state for Mamba-2 layers.
+
+It is transformers' `DynamicCache` with what its Mamba layers lack: selecting and repeating batch rows, and a length for
+models without any attention layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
+
+from ..configuration.configuration_nemotron_h import NemotronHConfig
+
+
+class Mamba2CacheLayer(LinearAttentionLayer):
+    """State of one Mamba-2 layer.
+
+    `conv_states[0]`: (batch, channels, conv_kernel), the last inputs of the convolution, oldest first.
+    `recurrent_states[0]`: (batch, heads, head_dim, state_size) in `config.mamba_ssm_cache_dtype`.
+    """
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._map_states(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, in that order."""
+        self._map_states(lambda state: state[indices.to(state.device)])
+
+    def _map_states(self, function) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                if state is not None:
+                    states[index] = function(state)
+
+
+class HybridCache(DynamicCache):
+    """Cache of a Nemotron-H model; grows with the sequence only in the attention layers.
+
+    Args:
+        config: the model's configuration.
+        offloading: keep attention keys and values in CPU memory between uses.
+    """
+
+    def __init__(self, config: NemotronHConfig, offloading: bool = False):
+        super().__init__(config=config, offloading=offloading)
+        for index, kind in enumerate(config.layers_block_type):
+            if kind == "linear_attention":
+                self.layers[index] = Mamba2CacheLayer()
+        self._has_attention = "full_attention" in config.layers_block_type
+        self._tokens_seen = 0
+
+    def note_tokens(self, count: int) -> None:
+        """Called once per forward: a model of Mamba-2 layers only has no keys to count."""
+        self._tokens_seen += count
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of positions seen so far, padding included."""
+        return super().get_seq_length(layer_idx) if self._has_attention else self._tokens_seen
+
+    def reset(self) -> None:
+        super().reset()
+        self._tokens_seen = 0
+
+
+def check_cache(cache: Cache, config: NemotronHConfig, batch: int) -> None:
+    """Refuse a cache that another configuration or another batch filled.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    layers = cache.layers
+    if layers and len(layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"`past_key_values` has {len(layers)} layers but this model has {config.num_hidden_layers}: it was made for "
+            "another configuration. Make one with `HybridCache(model.config)`."
+        )
+    if not layers:
+        raise ValueError("`past_key_values` was made without a configuration: use `HybridCache(model.config)`.")
+    ssm_shape = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+    kv_shape = (config.num_key_value_heads, config.head_dim)
+    for index, kind in enumerate(config.layers_block_type):
+        layer = layers[index]
+        if kind == "linear_attention":
+            if not isinstance(layer, LinearAttentionLayer):
+                raise ValueError(
+                    f"`past_key_values` holds a {type(layer).__name__} for layer {index}, which is a Mamba-2 layer: it was "
+                    "made for another configuration. Make one with `HybridCache(model.config)`."
+                )
+            state, expected = layer.recurrent_states[0], ssm_shape
+            found = None if state is None else tuple(state.shape[1:])
+        elif kind == "full_attention":
+            state = getattr(layer, "keys", None)
+            state = state if state is not None and state.dim() == 4 else None
+            expected, found = kv_shape, None if state is None else (state.shape[1], state.shape[3])
+        else:
+            continue
+        if state is None:
+            continue
+        if found != expected:
+            raise ValueError(
+                f"`past_key_values` holds a state of shape {found} for layer {index}, this model needs {expected}: it was "
+                "filled by another configuration."
+            )
+        if state.shape[0] != batch:
+            raise ValueError(
+                f"`past_key_values` was filled with a batch of {state.shape[0]} but this call has {batch} rows. Use "
+                "`batch_select_indices` or `batch_repeat_interleave` to change its rows."
+            )
+        if kind == "full_attention":
+            return  # the first attention layer stands for the rest: all layers are filled together

@@ -1,0 +1,98 @@
+"""The latent mixture of experts.
+
+    y = fc2(sum over the chosen experts of w_e * down_e(relu(up_e(fc1(x)))^2)) + shared(x)
+
+The router and the shared expert see the full width; routed experts work, and are summed, in the latent width. Without
+`moe_latent_size` the two latent projections are absent.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from ..configuration.configuration_nemotron_h import NemotronHConfig
+from ..kernels_hub.reference.moe_experts import moe_experts
+from .mlp import NemotronHMLP
+
+
+class NemotronHTopkRouter(nn.Module):
+    """Sigmoid router with a correction bias that steers the choice but not the weights, in float32."""
+
+    def __init__(self, config: NemotronHConfig):
+        super().__init__()
+        self.top_k, self.num_experts = config.num_experts_per_tok, config.n_routed_experts
+        self.n_group, self.topk_group = config.n_group, config.topk_group
+        self.norm_topk_prob, self.routed_scaling_factor = config.norm_topk_prob, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32))
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose experts for (tokens, hidden).
+
+        Returns:
+            Logits (tokens, experts), weights (tokens, top_k) and chosen experts (tokens, top_k); float32, float32, int64.
+        """
+        logits = F.linear(hidden_states.float(), self.weight.float())
+        scores = logits.sigmoid()
+        choice = scores.detach() + self.e_score_correction_bias
+        if self.n_group > 1:
+            choice = self._keep_best_groups(choice)
+        index = choice.topk(self.top_k, dim=-1, sorted=False).indices
+        weights = scores.gather(1, index)
+        if self.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return logits, weights * self.routed_scaling_factor, index
+
+    def _keep_best_groups(self, choice: Tensor) -> Tensor:
+        """Leave only the `topk_group` groups whose two best experts score highest."""
+        grouped = choice.unflatten(-1, (self.n_group, -1))
+        strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        kept = torch.zeros_like(strength, dtype=torch.bool).scatter_(1, strength.topk(self.topk_group).indices, True)
+        return grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
+@use_experts_implementation(has_gate=False)
+class NemotronHExperts(nn.Module):
+    """All routed experts of a layer, each tensor stacked over experts.
+
+    `up_proj` (experts, intermediate, width) and `down_proj` (experts, width, intermediate), where width is the latent
+    width, or the hidden size without one. Checkpoints store one tensor per expert; see `conversion/checkpoint_names.py`.
+    """
+
+    def __init__(self, config: NemotronHConfig):
+        super().__init__()
+        width = config.moe_latent_size or config.hidden_size
+        self.num_experts = config.n_routed_experts
+        self.up_proj = nn.Parameter(torch.empty(self.num_experts, config.moe_intermediate_size, width))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, config.moe_intermediate_size))
+        self.act_fn = ACT2FN[config.mlp_hidden_act]
+        if config.mlp_hidden_act != "relu2":
+            raise ValueError(f"`mlp_hidden_act` is {config.mlp_hidden_act!r}: routed experts know 'relu2' only.")
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return moe_experts(hidden_states, top_k_index, top_k_weights, self.up_proj, self.down_proj)
+
+
+class NemotronHMoE(nn.Module):
+    """Router, routed experts in the latent width, and the shared expert. Input and output (..., hidden)."""
+
+    def __init__(self, config: NemotronHConfig):
+        super().__init__()
+        self.gate = NemotronHTopkRouter(config)
+        self.experts = NemotronHExperts(config)
+        self.shared_experts = NemotronHMLP(config, config.moe_shared_expert_intermediate_size)
+        if config.moe_latent_size is None:
+            self.fc1_latent_proj, self.fc2_latent_proj = nn.Identity(), nn.Identity()
+        else:
+            self.fc1_latent_proj = nn.Linear(config.hidden_size, config.moe_latent_size, bias=config.mlp_bias)
+            self.fc2_latent_proj = nn.Linear(config.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, index = self.gate(tokens)
+        routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(tokens), index, weights))
+        return (routed + self.shared_experts(tokens)).view_as(hidden_states)

@@ -1,0 +1,187 @@
+"""The Mamba-2 mixer: input projection, causal convolution, selective scan, gated norm, output projection.
+
+    z, xBC, dt = in_proj(u);  x, B, C = silu(conv(xBC));  dt = softplus(dt + dt_bias), not clamped unless configured
+    y = scan(x, dt, -exp(A_log), B, C, D);  out = out_proj(norm(y * silu(z)))
+
+Without gradients the sequence goes through in segments that carry the state, so activations do not grow with its length.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+
+from ..configuration.configuration_nemotron_h import NemotronHConfig
+from ..kernels_hub.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
+from ..kernels_hub.reference.selective_state_update import selective_state_update
+from ..kernels_hub.reference.ssd_chunk_scan import ssd_chunk_scan
+from .norms import NemotronHGatedRMSNorm
+from .token_layout import TokenLayout
+
+# Positions (rows times length) per segment without gradients: on a CPU the projections then stay in cache.
+_SEGMENT_TOKENS = {"cpu": 512, "cuda": 16384}
+
+
+class NemotronHMamba2Mixer(nn.Module):
+    """Mamba-2 (Dao & Gu 2024) with B and C shared in groups. Input and output (batch, seq, hidden)."""
+
+    def __init__(self, config: NemotronHConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.head_dim = config.mamba_num_heads, config.mamba_head_dim
+        self.n_groups, self.state_size = config.n_groups, config.ssm_state_size
+        self.intermediate_size = self.num_heads * self.head_dim
+        self.conv_dim = self.intermediate_size + 2 * self.n_groups * self.state_size
+        self.conv_kernel, self.chunk_size = config.conv_kernel, config.chunk_size
+        self.time_step_limit = (config.time_step_limit[0], config.time_step_limit[1])
+        self.cache_dtype = getattr(torch, config.mamba_ssm_cache_dtype)
+
+        self.in_proj = nn.Linear(
+            config.hidden_size, self.intermediate_size + self.conv_dim + self.num_heads, bias=config.use_bias
+        )
+        # Holds the weights under their published names; the convolution itself is `causal_conv1d`.
+        self.conv1d = nn.Conv1d(
+            self.conv_dim, self.conv_dim, self.conv_kernel, groups=self.conv_dim, bias=config.use_conv_bias
+        )
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.norm = NemotronHGatedRMSNorm(
+            self.intermediate_size, self.intermediate_size // self.n_groups, config.layer_norm_epsilon
+        )
+        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
+
+    def forward(self, hidden_states: Tensor, layout: TokenLayout, past_key_values: Cache | None = None) -> Tensor:
+        conv_state = ssm_state = None
+        if past_key_values is not None:
+            conv_state = past_key_values.get_conv_state(self.layer_idx)
+            ssm_state = past_key_values.get_recurrent_state(self.layer_idx)
+            if conv_state is not None and hidden_states.shape[1] == 1:
+                return self._one_token(hidden_states, layout, conv_state, ssm_state)
+
+        padding, seq_idx = layout.padding, layout.seq_idx
+        lengths = None
+        if padding is not None:
+            lengths = padding.lengths
+            hidden_states = padding.compact(hidden_states)
+            if seq_idx is not None:
+                # Padding joins the row's last document, so that the state after it is that document's.
+                last = padding.compact(seq_idx).gather(1, (lengths - 1).clamp(min=0).unsqueeze(1))
+                slots = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+                seq_idx = torch.where(slots < lengths.unsqueeze(1), padding.compact(seq_idx), last)
+
+        batch, length, _ = hidden_states.shape
+        segment = length
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            per_device = _SEGMENT_TOKENS.get(hidden_states.device.type, _SEGMENT_TOKENS["cuda"])
+            segment = max(self.chunk_size, per_device // batch // self.chunk_size * self.chunk_size)
+        if segment >= length:
+            out, conv_state, ssm_state = self._mix(hidden_states, conv_state, ssm_state, seq_idx, lengths)
+        else:
+            out = torch.empty_like(hidden_states)
+            for start in range(0, length, segment):
+                end = min(start + segment, length)
+                ids = None if seq_idx is None else seq_idx[:, start:end]
+                if ids is not None and start:
+                    # A state handed on belongs to the document before the cut; another document starts from zero.
+                    same = seq_idx[:, start] == seq_idx[:, start - 1]
+                    conv_state, ssm_state = conv_state * same.view(-1, 1, 1), ssm_state * same.view(-1, 1, 1, 1)
+                here = None if lengths is None else (lengths - start).clamp(0, end - start)
+                out[:, start:end], conv_state, ssm_state = self._mix(
+                    hidden_states[:, start:end], conv_state, ssm_state, ids, here
+                )
+
+        if past_key_values is not None:
+            past_key_values.update_conv_state(conv_state, self.layer_idx, conv_kernel_size=self.conv_kernel)
+            past_key_values.update_recurrent_state(ssm_state.to(self.cache_dtype), self.layer_idx)
+        return out if padding is None else padding.restore(out)
+
+    def _mix(
+        self,
+        hidden_states: Tensor,
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
+        seq_idx: Tensor | None,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One stretch of sequence, real tokens first. Returns the output and the states after each row's last token."""
+        batch, length, _ = hidden_states.shape
+        z, conv_in, dt = self._project(hidden_states)
+        xBC = causal_conv1d(conv_in, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, seq_idx)
+        x, B, C = xBC.split([self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1)
+        dt = self._time_step(dt)
+        if lengths is not None:
+            # A time step of zero leaves the state as it is.
+            dt = dt * (torch.arange(length, device=dt.device) < lengths.unsqueeze(1)).unsqueeze(-1)
+        y, ssm_state = ssd_chunk_scan(
+            x.view(batch, length, self.num_heads, self.head_dim),
+            dt,
+            self._decay(),
+            B.view(batch, length, self.n_groups, self.state_size),
+            C.view(batch, length, self.n_groups, self.state_size),
+            self.D,
+            chunk_size=self.chunk_size,
+            initial_state=ssm_state,
+            seq_idx=seq_idx,
+        )
+        out = self.out_proj(self.norm(y.view(batch, length, -1), z))
+        return out, self._window(conv_in, conv_state, seq_idx, lengths), ssm_state
+
+    def _one_token(self, hidden_states: Tensor, layout: TokenLayout, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        """Decoding: advance both states in place by one token."""
+        batch = hidden_states.shape[0]
+        z, conv_in, dt = self._project(hidden_states[:, 0])
+        dt = self._time_step(dt)
+        real = None if layout.padding is None else layout.padding.lengths.bool()
+        if real is not None:
+            dt = dt * real.unsqueeze(-1)
+            before = conv_state.clone()
+        xBC = causal_conv1d_update(conv_state, conv_in, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        if real is not None:
+            conv_state.copy_(torch.where(real.view(-1, 1, 1), conv_state, before))
+        x, B, C = xBC.split([self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1)
+        y = selective_state_update(
+            ssm_state,
+            x.view(batch, self.num_heads, self.head_dim),
+            dt,
+            self._decay(),
+            B.view(batch, self.n_groups, self.state_size),
+            C.view(batch, self.n_groups, self.state_size),
+            self.D,
+        )
+        return self.out_proj(self.norm(y.view(batch, -1), z)).unsqueeze(1)
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+
+    def _decay(self) -> Tensor:
+        return -torch.exp(self.A_log.float())
+
+    def _time_step(self, dt: Tensor) -> Tensor:
+        dt = F.softplus(dt.float() + self.dt_bias.float())
+        return dt if self.time_step_limit == (0.0, float("inf")) else dt.clamp(*self.time_step_limit)
+
+    def _window(
+        self, conv_in: Tensor, conv_state: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None
+    ) -> Tensor:
+        """The last `conv_kernel` inputs of each row's last document, (batch, channels, conv_kernel), zeros before it."""
+        batch, length, channels = conv_in.shape
+        kernel = self.conv_kernel
+        if conv_state is None:
+            conv_state = conv_in.new_zeros(batch, channels, kernel)
+        if lengths is None:
+            ends = torch.full((batch,), length, device=conv_in.device)
+        else:
+            ends = lengths
+        slots = ends.unsqueeze(1) + torch.arange(-kernel, 0, device=conv_in.device)  # (batch, kernel)
+        inside = slots.clamp(min=0)
+        new = conv_in.gather(1, inside.unsqueeze(-1).expand(-1, -1, channels)).transpose(1, 2)
+        old = conv_state.gather(2, (slots + kernel).clamp(0, kernel - 1).unsqueeze(1).expand(-1, channels, -1))
+        window = torch.where((slots >= 0).unsqueeze(1), new, old.to(new.dtype))
+        if seq_idx is not None:
+            last = seq_idx.gather(1, (ends - 1).clamp(min=0).unsqueeze(1))
+            # Slots below zero are an earlier call's, which belong to this call's first document.
+            window = window * (seq_idx.gather(1, inside) == last).unsqueeze(1)
+        return window

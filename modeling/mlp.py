@@ -1,0 +1,21 @@
+"""The non-gated MLP, `down(act(up(x)))`: a layer of its own in older models, and the shared expert of the MoE."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from ..configuration.configuration_nemotron_h import NemotronHConfig
+
+
+class NemotronHMLP(nn.Module):
+    """Two linear maps with `config.mlp_hidden_act` (relu squared) between them. Input and output (..., hidden)."""
+
+    def __init__(self, config: NemotronHConfig, intermediate_size: int):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.mlp_hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))

@@ -1,0 +1,416 @@
+"""Nemotron-H assembled: backbone, language-model head with multi-token prediction, and the classification heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..configuration.configuration_nemotron_h import NemotronHConfig
+from .attention import NemotronHAttention
+from .block import NemotronHBlock
+from .cache import HybridCache, check_cache
+from .latent_moe import NemotronHExperts, NemotronHTopkRouter
+from .mamba2 import NemotronHMamba2Mixer
+from .mtp import NemotronHMTP
+from .norms import NemotronHRMSNorm
+from .objective import mtp_loss, next_token_loss
+from .token_layout import TokenLayout, describe_tokens
+from .weight_checks import name_truncated_file, refuse_non_finite
+
+# Output projections write into the residual stream; their initial scale shrinks with the number of layers.
+_OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj")
+
+
+class NemotronHPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about every Nemotron-H class: loading, initialisation, recording of outputs."""
+
+    config_class = NemotronHConfig
+    config: NemotronHConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("NemotronHBlock", "NemotronHMTPBlock")
+    _skip_keys_device_placement = ("past_key_values", "layout")
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _is_stateful = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": NemotronHBlock,
+        "attentions": OutputRecorder(NemotronHAttention, index=1),
+        "router_logits": OutputRecorder(NemotronHTopkRouter, index=0),
+    }
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As transformers', and a damaged file or a tensor that is not finite is refused by name.
+
+        Raises:
+            ValueError: a weight with NaN or infinity, or a file that is not a whole safetensors file.
+        """
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(name_truncated_file(pretrained_model_name_or_path, error)) from error
+        refuse_non_finite(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Our own experts unless another implementation is asked for by name."""
+        return super().get_correct_experts_implementation(requested_experts or "eager")
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers finds out by reading one source file; ours is split over several
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Every write goes through `transformers.initialization`, which leaves tensors from a checkpoint alone.
+        config = self.config
+        std = config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv1d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(config.conv_kernel)
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, NemotronHTopkRouter):
+            init.normal_(module.weight, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, NemotronHExperts):
+            init.normal_(module.up_proj, std=std)
+            init.normal_(module.down_proj, std=std * self._output_scale())
+        elif isinstance(module, NemotronHMamba2Mixer):
+            heads = torch.empty(config.mamba_num_heads)
+            init.copy_(module.A_log, heads.uniform_(1, 16).log())
+            init.ones_(module.D)
+            # dt log-uniform in [time_step_min, time_step_max]; dt_bias is its inverse softplus.
+            low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+            dt = heads.uniform_(low, high).exp().clamp(min=config.time_step_floor)
+            init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))
+        elif "RMSNorm" in type(module).__name__:
+            init.ones_(module.weight)
+        for name, child in module.named_children():
+            if name in _OUTPUT_PROJECTIONS and isinstance(child, nn.Linear) and config.rescale_prenorm_residual:
+                init.normal_(child.weight, std=std * self._output_scale())
+
+    def _output_scale(self) -> float:
+        return 1 / math.sqrt(self.config.num_hidden_layers) if self.config.rescale_prenorm_residual else 1.0
+
+
+class NemotronHModel(NemotronHPreTrainedModel):
+    """The backbone: embeddings, blocks and the final norm.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from nemotron_super import NemotronHModel, preset
+    >>> model = NemotronHModel(preset("tiny"))
+    >>> model(torch.tensor([[1, 5, 9]])).last_hidden_state.shape
+    torch.Size([1, 3, 256])
+    ```
+    """
+
+    _keys_to_ignore_on_load_unexpected = (r"^mtp\.", r"^lm_head\.")
+
+    def __init__(self, config: NemotronHConfig):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            NemotronHBlock(config, kind, index) for index, kind in enumerate(config.layers_block_type)
+        )
+        self.norm_f = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | Sequence[int] | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """Run the backbone.
+
+        Args:
+            input_ids: (batch, seq) int64; or give `inputs_embeds` (batch, seq, hidden) instead.
+            attention_mask: (batch, past + seq), 1 for tokens and 0 for padding on either side.
+            position_ids: (batch, seq). Used only to find packed documents: they begin where it does not go up by one.
+            past_key_values: a `HybridCache`, filled in place.
+            seq_idx: (batch, seq) document ids of a packed batch.
+            cu_seq_lens_q: (documents + 1,) cumulative lengths of a flattened batch of one row.
+
+        Returns:
+            `last_hidden_state` (batch, seq, hidden) after the final norm, `past_key_values` when `use_cache`, and
+            `hidden_states`, `attentions` and `router_logits` when asked for.
+
+        Raises:
+            ValueError: inputs that contradict each other, named.
+        """
+        layout, inputs_embeds, past_key_values = self._prepare(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, seq_idx, cu_seq_lens_q
+        )
+        hidden_states = self._run_layers(inputs_embeds, layout, past_key_values, **kwargs)
+        return MoeModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+        )
+
+    def _prepare(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        seq_idx: Tensor | None,
+        cu_seq_lens_q: Tensor | Sequence[int] | None,
+    ) -> tuple[TokenLayout, Tensor, Cache | None]:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            _check_token_ids(input_ids, self.config.vocab_size)
+            inputs_embeds = self.embeddings(input_ids)
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            check_cache(past_key_values, self.config, inputs_embeds.shape[0])
+        if use_cache and past_key_values is None:
+            past_key_values = HybridCache(self.config)
+        layout = describe_tokens(
+            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, seq_idx, cu_seq_lens_q
+        )
+        return layout, inputs_embeds, past_key_values
+
+    def _run_layers(
+        self, inputs_embeds: Tensor, layout: TokenLayout, past_key_values: Cache | None, **kwargs
+    ) -> Tensor:
+        hidden_states = inputs_embeds.float() if self.config.residual_in_fp32 else inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, layout=layout, past_key_values=past_key_values, **kwargs)
+        if isinstance(past_key_values, HybridCache):
+            past_key_values.note_tokens(inputs_embeds.shape[1])
+        return self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
+
+
+@dataclass
+class NemotronHCausalLMOutput(MoeCausalLMOutputWithPast):
+    """transformers' output for mixtures of experts, with the parts of the loss and the MTP logits.
+
+    Args:
+        loss: what to minimise: `lm_loss`, plus the scaled `mtp_loss` where MTP ran.
+        lm_loss: next-token cross entropy, in nats per token.
+        mtp_loss: mean over depths of the MTP cross entropies, before scaling.
+        mtp_logits: one (batch, seq, vocab) tensor per depth; position t of entry k predicts token t + k + 2.
+    """
+
+    lm_loss: Tensor | None = None
+    mtp_loss: Tensor | None = None
+    mtp_logits: tuple[Tensor, ...] | None = None
+
+
+class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
+    """Backbone, language-model head and, where the configuration has it, the MTP head (`model.mtp`).
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from nemotron_super import NemotronHForCausalLM
+    >>> path = "model_card/nemotron-h-tiny"
+    >>> model, tokenizer = NemotronHForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    >>> ids = tokenizer("def main():", return_tensors="pt").input_ids
+    >>> text = tokenizer.decode(model.generate(ids, max_new_tokens=20)[0])
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: NemotronHConfig):
+        super().__init__(config)
+        self.model = NemotronHModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = NemotronHMTP(config) if config.num_nextn_predict_layers else None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | Sequence[int] | None = None,
+        output_mtp_logits: bool | None = None,
+        mtp_num_depths: int | None = None,
+        **kwargs,
+    ) -> NemotronHCausalLMOutput:
+        """Predict the next token and, when training or asked to, the tokens after it.
+
+        Args:
+            labels: (batch, seq) int64, not shifted, -100 to ignore. The loss is next-token cross entropy, plus
+                `config.mtp_loss_scaling_factor` times the mean MTP loss while training or with `output_mtp_logits`.
+            logits_to_keep: the last so many positions get logits (0: all), or the positions themselves.
+            output_mtp_logits: return `mtp_logits`. Needs the whole sequence in one call, without a filled cache.
+            mtp_num_depths: how many depths to run instead of `config.mtp_num_depths`.
+            Others: as in `NemotronHModel`.
+
+        Raises:
+            ValueError: labels of another shape than the inputs, MTP asked of a model without it or with a filled cache,
+                `logits_to_keep` together with `labels`.
+        """
+        shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2] if _one(input_ids, inputs_embeds) else ()
+        if labels is not None and labels.shape != shape and shape:
+            raise ValueError(f"`labels` has shape {tuple(labels.shape)} but the inputs have shape {tuple(shape)}.")
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if labels is not None and not keeps_all:
+            raise ValueError("`labels` need the logits of every position: leave `logits_to_keep` at 0.")
+        depths = self._mtp_depths(labels, past_key_values, output_mtp_logits, mtp_num_depths)
+
+        if depths and inputs_embeds is None:
+            # The MTP reads the embeddings again, one position later.
+            _check_token_ids(input_ids, self.config.vocab_size)
+            inputs_embeds, input_ids = self.model.embeddings(input_ids), None
+        loss_kwargs = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+
+        layout = None
+        if depths or labels is not None:
+            embeds = inputs_embeds if inputs_embeds is not None else hidden_states
+            layout = describe_tokens(self.config, embeds, attention_mask, position_ids, None, seq_idx, cu_seq_lens_q)
+        mtp_logits: tuple[Tensor, ...] | None = None
+        if depths:
+            ahead = self.mtp(hidden_states, inputs_embeds, layout, depths)
+            mtp_logits = tuple(self.lm_head(slice_logits_to_keep(h, logits_to_keep)) for h in ahead)
+
+        loss = lm_term = mtp_term = None
+        if labels is not None:
+            loss = lm_term = next_token_loss(self.loss_function, logits, labels, 1, layout.seq_idx, **loss_kwargs)
+            if mtp_logits:
+                mtp_term = mtp_loss(self.loss_function, mtp_logits, labels, layout.seq_idx, **loss_kwargs)
+                loss = lm_term + self.config.mtp_loss_scaling_factor * mtp_term
+
+        return NemotronHCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            lm_loss=lm_term if mtp_term is not None else None,
+            mtp_loss=mtp_term,
+            mtp_logits=mtp_logits if output_mtp_logits else None,
+        )
+
+    def _mtp_depths(
+        self, labels: Tensor | None, past_key_values: Cache | None, output_mtp_logits: bool | None, depths: int | None
+    ) -> int:
+        """How many MTP depths this call runs: those asked for, or the trained ones where a loss wants them."""
+        wanted = output_mtp_logits or (self.training and labels is not None and self.mtp is not None)
+        if depths is not None and depths < (1 if output_mtp_logits else 0):
+            raise ValueError(f"`mtp_num_depths` is {depths}: it must be at least 1.")
+        if not wanted:
+            return 0
+        if self.mtp is None:
+            raise ValueError(
+                "`output_mtp_logits` was asked of a model without multi-token prediction: its configuration has "
+                "`num_nextn_predict_layers=0`, and its checkpoint no `mtp.layers.*` tensors."
+            )
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            raise ValueError("`mtp_logits` need the whole sequence in one call: pass `past_key_values=None`.")
+        return self.config.mtp_num_depths if depths is None else depths
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        # generate() would make a plain DynamicCache, whose Mamba layers cannot select or repeat rows.
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        if given is None and made is not None and not made.is_compileable:
+            model_kwargs["past_key_values"] = HybridCache(self.config, offloading=made.offloading)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+    ) -> dict[str, Tensor | None]:
+        """Both masks the layers need, for fixed-size caches; transformers' default does not know `moe` and `mlp`."""
+        arguments = {
+            "config": config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
+        return {
+            "full_attention": create_causal_mask(**arguments),
+            "linear_attention": create_recurrent_attention_mask(**arguments),
+        }
+
+
+class NemotronHForSequenceClassification(GenericForSequenceClassification, NemotronHPreTrainedModel):
+    """transformers' generic sequence classifier on the backbone."""
+
+
+class NemotronHForTokenClassification(GenericForTokenClassification, NemotronHPreTrainedModel):
+    """transformers' generic token classifier on the backbone."""
+
+
+def _one(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> bool:
+    return (input_ids is None) != (inputs_embeds is None)
+
+
+def _check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
+    # On a GPU this would wait for the device; there the embedding kernel asserts.
+    if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"`input_ids` holds {wrong}, outside the vocabulary of {vocab_size} tokens (0 to {vocab_size - 1}).")

@@ -1,0 +1,188 @@
+"""What each position of a batch is: padding, or a token of which document. Worked out once per forward.
+
+Attention, convolution, SSM state and MTP targets must agree on it, so they all read the same `TokenLayout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.masking_utils import create_causal_mask
+
+from ..configuration.configuration_nemotron_h import NemotronHConfig
+
+
+@dataclass
+class Padding:
+    """Rows reordered so that real tokens come first, in order, and padding last.
+
+    In that order a recurrence needs no special cases: an earlier call's state is followed directly by the row's own
+    tokens, wherever the padding was, and the state after `lengths` tokens is the state to keep.
+    """
+
+    lengths: Tensor  # (batch,) int64: real tokens of each row in this call
+    order: Tensor | None = None  # (batch, seq) int64: position read by each slot; None when seq is 1
+    inverse: Tensor | None = None  # (batch, seq) int64: slot of each position
+
+    def compact(self, t: Tensor) -> Tensor:
+        """Reorder (batch, seq, ...) to real tokens first."""
+        return t if self.order is None else t.gather(1, _expand(self.order, t))
+
+    def restore(self, t: Tensor) -> Tensor:
+        """Undo `compact`."""
+        return t if self.inverse is None else t.gather(1, _expand(self.inverse, t))
+
+
+def _expand(index: Tensor, like: Tensor) -> Tensor:
+    return index.view(*index.shape, *(1,) * (like.dim() - 2)).expand(*index.shape, *like.shape[2:])
+
+
+@dataclass
+class TokenLayout:
+    """Shared by all layers of one forward."""
+
+    attention_mask: Tensor | None  # what transformers' attention functions take: 4-D, block mask, or None (causal)
+    padding: Padding | None  # None when every position of every row is a token
+    seq_idx: Tensor | None  # (batch, seq) document ids, or None when each row is one document
+    documents: list[tuple[int, int, int]] | None  # (row, start, end) of every document, when known on the host
+
+
+def describe_tokens(
+    config: NemotronHConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | dict[str, Tensor | None] | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens: Tensor | Sequence[int] | None,
+) -> TokenLayout:
+    """Work out padding and documents from whatever the caller gave.
+
+    Args:
+        inputs_embeds: (batch, seq, hidden).
+        attention_mask: (batch, past + seq) with 1 for tokens and 0 for padding; or 4-D; or the pair of masks that
+            `create_masks_for_generate` makes for fixed-size caches.
+        position_ids: (batch or 1, seq). Where they do not go up by one, a document begins.
+        seq_idx: (batch or 1, seq) document ids. Takes precedence over `position_ids`.
+        cu_seq_lens: (documents + 1,) cumulative lengths of the one row of a flattened batch.
+
+    Raises:
+        ValueError: a mask of the wrong shape, boundaries that do not add up, or packing on top of a filled cache.
+    """
+    batch, length = inputs_embeds.shape[:2]
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    tracing = torch.compiler.is_compiling()
+
+    causal_mask: Tensor | None = None
+    token_mask: Tensor | None = None
+    if isinstance(attention_mask, dict):
+        causal_mask, token_mask = attention_mask.get("full_attention"), attention_mask.get("linear_attention")
+    elif attention_mask is not None and attention_mask.dim() == 2:
+        if not tracing and isinstance(past, int) and attention_mask.shape != (batch, past + length):
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}, expected {(batch, past + length)}: one entry "
+                f"for each of the {past} cached and {length} new positions of {batch} rows."
+            )
+        token_mask = attention_mask[:, -length:]
+
+    seq_idx = _document_ids(batch, length, position_ids, past, token_mask, seq_idx, cu_seq_lens, inputs_embeds.device)
+    documents = None
+    if seq_idx is not None:
+        if isinstance(past, Tensor) or past > 0:
+            raise ValueError(
+                f"Packed documents cannot continue a cache that already holds {past} tokens: pass `past_key_values=None`."
+            )
+        if not tracing and config._attn_implementation == "sdpa" and token_mask is None:
+            documents = _document_spans(seq_idx)
+        elif isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
+            raise ValueError("Give either packed documents or a 4-D `attention_mask`, not both.")
+
+    if causal_mask is None and documents is None and "full_attention" in _layer_kinds(config):
+        causal_mask = create_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask if isinstance(attention_mask, Tensor) else token_mask,
+            past_key_values=past_key_values,
+            and_mask_function=None if seq_idx is None else _same_document(seq_idx),
+        )
+
+    padding = _find_padding(token_mask)
+    return TokenLayout(causal_mask, padding, seq_idx, documents)
+
+
+def _layer_kinds(config: NemotronHConfig) -> set[str]:
+    return {*config.layers_block_type, *(config.mtp_layers_block_type or ())}
+
+
+def _same_document(seq_idx: Tensor):
+    def same_document(batch_idx, head_idx, q_idx, kv_idx):
+        return seq_idx[batch_idx, q_idx] == seq_idx[batch_idx, kv_idx]
+
+    return same_document
+
+
+def _document_ids(
+    batch: int,
+    length: int,
+    position_ids: Tensor | None,
+    past: int | Tensor,
+    token_mask: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens: Tensor | Sequence[int] | None,
+    device: torch.device,
+) -> Tensor | None:
+    tracing = torch.compiler.is_compiling()
+    if seq_idx is not None:
+        if seq_idx.dim() != 2 or seq_idx.shape[0] not in (1, batch) or seq_idx.shape[1] != length:
+            raise ValueError(f"`seq_idx` has shape {tuple(seq_idx.shape)}, expected {(batch, length)}.")
+        ids = seq_idx.to(device).expand(batch, -1)
+    elif cu_seq_lens is not None:
+        bounds = torch.as_tensor(cu_seq_lens, device=device)
+        if not tracing:
+            ends = bounds.tolist()
+            if batch != 1 or ends[0] != 0 or ends[-1] != length or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+                raise ValueError(
+                    f"`cu_seq_lens_q` is {ends}: it must rise from 0 to the sequence length ({length}), and the batch "
+                    f"must be one row (it has {batch})."
+                )
+        ids = torch.bucketize(torch.arange(length, device=device), bounds[1:].contiguous(), right=True).unsqueeze(0)
+    elif position_ids is not None and position_ids.dim() == 2 and isinstance(past, int) and past == 0 and length > 1:
+        steps = position_ids[:, 1:] - position_ids[:, :-1]
+        begins = steps != 1
+        if token_mask is not None:
+            # Positions of padding say nothing: a document begins only between two tokens.
+            begins = begins & (token_mask[:, 1:] != 0) & (token_mask[:, :-1] != 0)
+        ids = torch.cat([begins.new_zeros(begins.shape[0], 1), begins], dim=1).cumsum(1).expand(batch, -1)
+    else:
+        return None
+    if not tracing and bool((ids == ids[:, :1]).all()):
+        return None
+    return ids
+
+
+def _document_spans(seq_idx: Tensor) -> list[tuple[int, int, int]]:
+    begins = torch.ones_like(seq_idx, dtype=torch.bool)
+    begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    starts = begins.nonzero().tolist()
+    length = seq_idx.shape[1]
+    nexts = [*starts[1:], [-1, 0]]
+    return [(row, start, after if row == next_row else length) for (row, start), (next_row, after) in zip(starts, nexts)]
+
+
+def _find_padding(token_mask: Tensor | None) -> Padding | None:
+    if token_mask is None:
+        return None
+    real = token_mask != 0
+    # On a GPU a one-token step must not wait for the host just to find that there is nothing to do.
+    worth_a_look = token_mask.device.type == "cpu" or token_mask.shape[1] > 1
+    if worth_a_look and not torch.compiler.is_compiling() and bool(real.all()):
+        return None
+    lengths = real.sum(1)
+    if token_mask.shape[1] == 1:
+        return Padding(lengths)
+    order = (~real).to(torch.int8).argsort(dim=1, stable=True)
+    return Padding(lengths, order, order.argsort(dim=1))
