@@ -16,7 +16,10 @@ from transformers import PreTrainedConfig
 from .layer_pattern import parse_layers, to_pattern
 
 # Fields that may be spelt as a pattern string, with the field that holds the canonical list.
-_PATTERN_FIELDS = {"hybrid_override_pattern": "layers_block_type", "mtp_hybrid_override_pattern": "mtp_layers_block_type"}
+_PATTERN_FIELDS = {
+    "hybrid_override_pattern": "layers_block_type",
+    "mtp_hybrid_override_pattern": "mtp_layers_block_type",
+}
 
 # mamba-ssm's names, found in early exports.
 _LEGACY_FIELDS = {
@@ -203,7 +206,9 @@ class NemotronHConfig(PreTrainedConfig):
 
         for name in _POSITIVE_FIELDS:
             value = getattr(self, name)
-            refuse_unless(isinstance(value, int) and value > 0, f"`{name}` is {value!r}: it must be a whole number above 0.")
+            refuse_unless(
+                isinstance(value, int) and value > 0, f"`{name}` is {value!r}: it must be a whole number above 0."
+            )
         refuse_unless(
             self.mamba_num_heads % self.n_groups == 0,
             f"`mamba_num_heads` ({self.mamba_num_heads}) must be divisible by `n_groups` ({self.n_groups}): every group "

@@ -36,7 +36,8 @@ class NemotronHTopkRouter(nn.Module):
         Returns:
             Logits (tokens, experts), weights (tokens, top_k) and chosen experts (tokens, top_k); float32, float32, int64.
         """
-        logits = F.linear(hidden_states.float(), self.weight.float())
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = F.linear(hidden_states.float(), self.weight.float())
         scores = logits.sigmoid()
         choice = scores.detach() + self.e_score_correction_bias
         if self.n_group > 1:
@@ -74,7 +75,9 @@ class NemotronHExperts(nn.Module):
             raise ValueError(f"`mlp_hidden_act` is {config.mlp_hidden_act!r}: routed experts know 'relu2' only.")
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return moe_experts(hidden_states, top_k_index, top_k_weights, self.up_proj, self.down_proj)
+        # Under autocast the tokens come in the lower precision and the weights do not.
+        up, down = self.up_proj.to(hidden_states.dtype), self.down_proj.to(hidden_states.dtype)
+        return moe_experts(hidden_states, top_k_index, top_k_weights, up, down)
 
 
 class NemotronHMoE(nn.Module):

@@ -43,7 +43,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("NemotronHBlock", "NemotronHMTPBlock")
-    _skip_keys_device_placement = ("past_key_values", "layout")
+    _skip_keys_device_placement = ("past_key_values",)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -163,6 +163,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         use_cache: bool | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | Sequence[int] | None = None,
+        layout: TokenLayout | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         """Run the backbone.
@@ -174,6 +175,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
             past_key_values: a `HybridCache`, filled in place.
             seq_idx: (batch, seq) document ids of a packed batch.
             cu_seq_lens_q: (documents + 1,) cumulative lengths of a flattened batch of one row.
+            layout: padding and documents, already worked out from the arguments above by a head.
 
         Returns:
             `last_hidden_state` (batch, seq, hidden) after the final norm, `past_key_values` when `use_cache`, and
@@ -182,25 +184,33 @@ class NemotronHModel(NemotronHPreTrainedModel):
         Raises:
             ValueError: inputs that contradict each other, named.
         """
-        layout, inputs_embeds, past_key_values = self._prepare(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, seq_idx, cu_seq_lens_q
-        )
-        hidden_states = self._run_layers(inputs_embeds, layout, past_key_values, **kwargs)
+        if layout is None:
+            layout, inputs_embeds = self.prepare_inputs(
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, seq_idx, cu_seq_lens_q
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = HybridCache(self.config)
+        hidden_states = inputs_embeds.float() if self.config.residual_in_fp32 else inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, layout=layout, past_key_values=past_key_values, **kwargs)
+        hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
+        if isinstance(past_key_values, HybridCache):
+            past_key_values.note_tokens(inputs_embeds.shape[1])
         return MoeModelOutputWithPast(
             last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
         )
 
-    def _prepare(
+    def prepare_inputs(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | dict[str, Tensor | None] | None,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
         inputs_embeds: Tensor | None,
-        use_cache: bool | None,
         seq_idx: Tensor | None,
         cu_seq_lens_q: Tensor | Sequence[int] | None,
-    ) -> tuple[TokenLayout, Tensor, Cache | None]:
+    ) -> tuple[TokenLayout, Tensor]:
+        """Check the inputs of `forward` against each other; return their layout and embeddings (batch, seq, hidden)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
@@ -208,22 +218,10 @@ class NemotronHModel(NemotronHPreTrainedModel):
             inputs_embeds = self.embeddings(input_ids)
         if past_key_values is not None and not torch.compiler.is_compiling():
             check_cache(past_key_values, self.config, inputs_embeds.shape[0])
-        if use_cache and past_key_values is None:
-            past_key_values = HybridCache(self.config)
         layout = describe_tokens(
             self.config, inputs_embeds, attention_mask, position_ids, past_key_values, seq_idx, cu_seq_lens_q
         )
-        return layout, inputs_embeds, past_key_values
-
-    def _run_layers(
-        self, inputs_embeds: Tensor, layout: TokenLayout, past_key_values: Cache | None, **kwargs
-    ) -> Tensor:
-        hidden_states = inputs_embeds.float() if self.config.residual_in_fp32 else inputs_embeds
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, layout=layout, past_key_values=past_key_values, **kwargs)
-        if isinstance(past_key_values, HybridCache):
-            past_key_values.note_tokens(inputs_embeds.shape[1])
-        return self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
+        return layout, inputs_embeds
 
 
 @dataclass
@@ -297,37 +295,23 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             ValueError: labels of another shape than the inputs, MTP asked of a model without it or with a filled cache,
                 `logits_to_keep` together with `labels`.
         """
-        shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2] if _one(input_ids, inputs_embeds) else ()
-        if labels is not None and labels.shape != shape and shape:
-            raise ValueError(f"`labels` has shape {tuple(labels.shape)} but the inputs have shape {tuple(shape)}.")
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and not keeps_all:
             raise ValueError("`labels` need the logits of every position: leave `logits_to_keep` at 0.")
         depths = self._mtp_depths(labels, past_key_values, output_mtp_logits, mtp_num_depths)
-
-        if depths and inputs_embeds is None:
-            # The MTP reads the embeddings again, one position later.
-            _check_token_ids(input_ids, self.config.vocab_size)
-            inputs_embeds, input_ids = self.model.embeddings(input_ids), None
+        layout, inputs_embeds = self.model.prepare_inputs(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, seq_idx, cu_seq_lens_q
+        )
+        if labels is not None and labels.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"`labels` has shape {tuple(labels.shape)} but the inputs have shape {tuple(inputs_embeds.shape[:2])}."
+            )
         loss_kwargs = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            seq_idx=seq_idx,
-            cu_seq_lens_q=cu_seq_lens_q,
-            **kwargs,
+            inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache, layout=layout, **kwargs
         )
         hidden_states = outputs.last_hidden_state
         logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-
-        layout = None
-        if depths or labels is not None:
-            embeds = inputs_embeds if inputs_embeds is not None else hidden_states
-            layout = describe_tokens(self.config, embeds, attention_mask, position_ids, None, seq_idx, cu_seq_lens_q)
         mtp_logits: tuple[Tensor, ...] | None = None
         if depths:
             ahead = self.mtp(hidden_states, inputs_embeds, layout, depths)
@@ -403,14 +387,12 @@ class NemotronHForTokenClassification(GenericForTokenClassification, NemotronHPr
     """transformers' generic token classifier on the backbone."""
 
 
-def _one(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> bool:
-    return (input_ids is None) != (inputs_embeds is None)
-
-
 def _check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
     # On a GPU this would wait for the device; there the embedding kernel asserts.
     if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= vocab_size:
             wrong = low if low < 0 else high
-            raise ValueError(f"`input_ids` holds {wrong}, outside the vocabulary of {vocab_size} tokens (0 to {vocab_size - 1}).")
+            raise ValueError(
+                f"`input_ids` holds {wrong}, outside the vocabulary of {vocab_size} tokens (0 to {vocab_size - 1})."
+            )

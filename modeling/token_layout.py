@@ -6,7 +6,7 @@ Attention, convolution, SSM state and MTP targets must agree on it, so they all 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
+
+# Entries of the largest attention mask built for packed documents. Above it they are attended one after another, which
+# needs no mask; below it one call with a mask is faster than many small ones.
+_MASK_BUDGET = 1 << 26
 
 
 @dataclass
@@ -28,6 +32,10 @@ class Padding:
     order: Tensor | None = None  # (batch, seq) int64: position read by each slot; None when seq is 1
     inverse: Tensor | None = None  # (batch, seq) int64: slot of each position
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Padding:
+        """The same padding on another device."""
+        return Padding(*(_moved(getattr(self, field.name), device, non_blocking) for field in fields(self)))
+
     def compact(self, t: Tensor) -> Tensor:
         """Reorder (batch, seq, ...) to real tokens first."""
         return t if self.order is None else t.gather(1, _expand(self.order, t))
@@ -35,6 +43,10 @@ class Padding:
     def restore(self, t: Tensor) -> Tensor:
         """Undo `compact`."""
         return t if self.inverse is None else t.gather(1, _expand(self.inverse, t))
+
+
+def _moved(value, device: torch.device | str, non_blocking: bool):
+    return value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
 
 
 def _expand(index: Tensor, like: Tensor) -> Tensor:
@@ -48,7 +60,11 @@ class TokenLayout:
     attention_mask: Tensor | None  # what transformers' attention functions take: 4-D, block mask, or None (causal)
     padding: Padding | None  # None when every position of every row is a token
     seq_idx: Tensor | None  # (batch, seq) document ids, or None when each row is one document
-    documents: list[tuple[int, int, int]] | None  # (row, start, end) of every document, when known on the host
+    documents: list[tuple[int, int, int]] | None  # (row, start, end) of each, to attend one by one
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenLayout:
+        """The same layout on another device; accelerate calls this where a model is spread over several."""
+        return TokenLayout(*(_moved(getattr(self, field.name), device, non_blocking) for field in fields(self)))
 
 
 def describe_tokens(
@@ -96,7 +112,8 @@ def describe_tokens(
             raise ValueError(
                 f"Packed documents cannot continue a cache that already holds {past} tokens: pass `past_key_values=None`."
             )
-        if not tracing and config._attn_implementation == "sdpa" and token_mask is None:
+        large = batch * length * length > _MASK_BUDGET
+        if large and not tracing and config._attn_implementation == "sdpa" and token_mask is None:
             documents = _document_spans(seq_idx)
         elif isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
             raise ValueError("Give either packed documents or a 4-D `attention_mask`, not both.")
@@ -144,7 +161,12 @@ def _document_ids(
         bounds = torch.as_tensor(cu_seq_lens, device=device)
         if not tracing:
             ends = bounds.tolist()
-            if batch != 1 or ends[0] != 0 or ends[-1] != length or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+            if (
+                batch != 1
+                or ends[0] != 0
+                or ends[-1] != length
+                or any(a > b for a, b in zip(ends, ends[1:], strict=False))
+            ):
                 raise ValueError(
                     f"`cu_seq_lens_q` is {ends}: it must rise from 0 to the sequence length ({length}), and the batch "
                     f"must be one row (it has {batch})."
@@ -169,8 +191,10 @@ def _document_spans(seq_idx: Tensor) -> list[tuple[int, int, int]]:
     begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     starts = begins.nonzero().tolist()
     length = seq_idx.shape[1]
-    nexts = [*starts[1:], [-1, 0]]
-    return [(row, start, after if row == next_row else length) for (row, start), (next_row, after) in zip(starts, nexts)]
+    spans = []
+    for (row, start), (next_row, next_start) in zip(starts, [*starts[1:], [-1, 0]], strict=True):
+        spans.append((row, start, next_start if row == next_row else length))
+    return spans
 
 
 def _find_padding(token_mask: Tensor | None) -> Padding | None:

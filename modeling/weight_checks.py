@@ -27,7 +27,9 @@ def refuse_non_finite(model: nn.Module) -> None:
         found.append(name)
     if found:
         raise ValueError(
-            "The checkpoint holds NaN or infinity in: " + "; ".join(found) + ". It is damaged: fetch or export it again."
+            "The checkpoint holds NaN or infinity in: "
+            + "; ".join(found)
+            + ". It is damaged: fetch or export it again."
         )
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 _FEW = 2  # tokens up to which sorting costs more than it saves on a CPU
 
 
@@ -60,19 +59,24 @@ def _few_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Ten
     return torch.stack(out).to(x.dtype)
 
 
-@torch.library.custom_op("nemotron_super::moe_experts", mutates_args=())
-def _experts_op(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the output, and the pre-activations of the sorted pairs for the backward."""
+def _many_tokens(
+    x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, keep_hidden: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the output and, if kept, the pre-activations of the sorted pairs for the backward."""
     tokens, top_k = index.shape
     order, ends = _sorted_pairs(index, up.shape[0])
     hidden = _grouped(x[order // top_k], up, ends)
-    y = _grouped(hidden.relu().square_(), down, ends)
+    y = _grouped((hidden.relu() if keep_hidden else hidden.relu_()).square_(), down, ends)
     # Back to (tokens, top_k) by gathering, then a float32 sum in a fixed order: deterministic, unlike index_add on a GPU.
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     y = y[inverse].view(tokens, top_k, -1)
-    out = torch.bmm(weights.unsqueeze(1), y.to(weights.dtype)).squeeze(1)
-    return out.to(x.dtype), hidden
+    return torch.bmm(weights.unsqueeze(1), y.to(weights.dtype)).squeeze(1).to(x.dtype), hidden
+
+
+@torch.library.custom_op("nemotron_super::moe_experts", mutates_args=())
+def _experts_op(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    return _many_tokens(x, index, weights, up, down, keep_hidden=True)
 
 
 @_experts_op.register_fake
@@ -141,6 +145,8 @@ def moe_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Ten
     Returns:
         (tokens, width) in the dtype of x; the sum over experts is taken in float32.
     """
-    if x.shape[0] <= _FEW and x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return _experts_op(x, index, weights, up, down)[0]
+    if x.shape[0] <= _FEW and x.device.type == "cpu":
         return _few_tokens(x, index, weights, up, down)
-    return _experts_op(x, index, weights, up, down)[0]
+    return _many_tokens(x, index, weights, up, down, keep_hidden=False)[0]

@@ -22,6 +22,8 @@ from torch import Tensor
 
 # Numbers in the largest temporary. On a CPU it should stay in the second-level cache of two cores; a GPU wants width.
 _DECAY_BUDGET = {"cpu": 1 << 18, "cuda": 1 << 26}
+# The decay matrix costs length x chunk exponentials. On a CPU they outweigh the products above 64.
+_LONGEST_CHUNK = {"cpu": 64}
 
 
 class _Step(NamedTuple):
@@ -49,7 +51,7 @@ def _spans(length: int, chunk: int, per_step: int) -> list[tuple[int, int, int]]
 
 def _plan(x: Tensor, chunk_size: int) -> list[tuple[int, int, int]]:
     batch, length, heads, _ = x.shape
-    chunk = min(chunk_size, length)
+    chunk = min(chunk_size, length, _LONGEST_CHUNK.get(x.device.type, chunk_size))
     budget = _DECAY_BUDGET.get(x.device.type, _DECAY_BUDGET["cuda"])
     return _spans(length, chunk, max(1, budget // (batch * heads * chunk * chunk)))
 
@@ -335,7 +337,7 @@ def ssd_chunk_scan(
         A: (heads,), negative, float32.
         B, C: (batch, seq, groups, state_size), with heads divisible by groups.
         D: (heads,), the skip connection.
-        chunk_size: positions per chunk. It sets the split between the two forms, not the result.
+        chunk_size: positions per chunk, at most. It sets the split between the two forms, not the result.
         initial_state: (batch, heads, head_dim, state_size) entering position 0, or None for zeros.
         seq_idx: (batch, seq) integer document ids, equal within a document, each document contiguous; or None.
 

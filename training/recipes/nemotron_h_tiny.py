@@ -1,0 +1,142 @@
+"""Trains `model_card/nemotron-h-tiny` from scratch: `python -m nemotron_super.training.recipes.nemotron_h_tiny`.
+
+One command from source text to checkpoint: gather the corpus (`training/corpus.py`), encode it, train with transformers'
+`Trainer` and the release's objective (next token, MTP at two depths, router bias by the sign rule), evaluate on held-out
+documents, save. On a GPU it takes minutes; on a CPU, days: use `--steps` to try it.
+
+Writes to `--output`: the checkpoint in the published layout, `training_log.json` (the curves) and `evaluation.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from ... import NemotronHForCausalLM, preset
+from ..evaluation import evaluate_windows
+from ..load_balancing import RouterBiasCallback
+from ..packing import PackedWindows, ShiftingEpochs
+
+LENGTH = 1024
+WINDOWS_PER_STEP = 64
+PEAK_LEARNING_RATE = 3e-3
+WARMUP_STEPS = 200
+
+
+def learning_rate_scale(step: int, steps: int) -> float:
+    """Warm-up, constant, then a decay of the last fifth by 1 - sqrt of its progress."""
+    decay = max(1, steps // 5)
+    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
+    if step < steps - decay:
+        return 1.0
+    return max(0.0, 1 - math.sqrt((step - (steps - decay)) / decay))
+
+
+class HeldOutCurve(TrainerCallback):
+    """Evaluates every `every` steps on the first windows of the held-out text and keeps the curve."""
+
+    def __init__(self, windows: PackedWindows, bytes_per_token: float, every: int):
+        self.windows, self.bytes_per_token, self.every = windows, bytes_per_token, every
+        self.curve: list[dict] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+                result = evaluate_windows(model, self.windows, batch_size=32, progress=False)
+            row = {
+                "step": state.global_step,
+                "bits_per_byte": result.bits_per_byte(self.bytes_per_token),
+                "mtp_accuracy": result.mtp_accuracy,
+                "accuracy": result.accuracy,
+                "maximum_violation": max(result.maximum_violation.values()),
+            }
+            self.curve.append(row)
+            print(json.dumps(row), flush=True)
+
+
+def optimizer_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay on matrices only: not on norms, biases, or the state-space parameters of each head."""
+    decay = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def train(data: Path, output: Path, steps: int, windows_per_step: int, seed: int) -> None:
+    """Train on `data/train.npy`, evaluate on `data/heldout.npy` (uint16 token streams), write to `output`."""
+    set_seed(seed)
+    stream, heldout = (np.load(data / name, mmap_mode="r") for name in ("train.npy", "heldout.npy"))
+    counts = json.loads((data / "counts.json").read_text())
+    bytes_per_token = counts["heldout"]["bytes"] / counts["heldout"]["predicted_tokens"]
+
+    model = NemotronHForCausalLM(preset("tiny"))
+    gpu = torch.cuda.is_available()
+    epochs = math.ceil(steps * windows_per_step * LENGTH / (len(stream) - 2 * LENGTH))
+    curve = HeldOutCurve(PackedWindows(heldout, LENGTH), bytes_per_token, every=max(1, steps // 20))
+    optimizer = torch.optim.AdamW(
+        optimizer_groups(model, weight_decay=0.1), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, fused=gpu
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(step, steps))
+    arguments = TrainingArguments(
+        output_dir=str(output / "trainer"),
+        per_device_train_batch_size=windows_per_step,
+        max_steps=steps,
+        bf16=gpu,
+        max_grad_norm=1.0,
+        logging_steps=max(1, steps // 200),
+        save_strategy="no",
+        report_to=[],
+        dataloader_num_workers=4 if gpu else 0,
+        remove_unused_columns=False,
+        seed=seed,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=ShiftingEpochs(stream, LENGTH, epochs, seed=seed),
+        optimizers=(optimizer, schedule),
+        callbacks=[RouterBiasCallback(), curve],
+    )
+    result = trainer.train()
+
+    model.to(torch.bfloat16)
+    model.save_pretrained(output)
+    saved = NemotronHForCausalLM.from_pretrained(output, dtype=torch.float32).to(trainer.args.device)
+    final = evaluate_windows(saved, PackedWindows(heldout, LENGTH), batch_size=16)
+    (output / "training_log.json").write_text(
+        json.dumps({"train": trainer.state.log_history, "heldout": curve.curve}, indent=1)
+    )
+    summary = asdict(final) | {
+        "bits_per_byte": final.bits_per_byte(bytes_per_token),
+        "steps": steps,
+        "tokens_seen": steps * windows_per_step * LENGTH,
+        "epochs": steps * windows_per_step * LENGTH / len(stream),
+        "seconds": result.metrics["train_runtime"],
+        "hardware": torch.cuda.get_device_name() if gpu else "CPU",
+        "torch": torch.__version__,
+    }
+    (output / "evaluation.json").write_text(json.dumps(summary, indent=1))
+    print(json.dumps({k: v for k, v in summary.items() if k != "expert_share"}, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.npy, heldout.npy and counts.json")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--windows-per-step", type=int, default=WINDOWS_PER_STEP)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    train(arguments.data, arguments.output, arguments.steps, arguments.windows_per_step, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
