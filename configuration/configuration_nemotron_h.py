@@ -100,7 +100,7 @@ class NemotronHConfig(PreTrainedConfig):
         "layers.*.mixer.experts.down_proj": "rowwise",
         "layers.*.mixer.experts": "moe_tp_experts",
     }
-    base_model_ep_plan = {  # noqa: RUF012
+    base_model_ep_plan = {  # type: ignore[dict-item]  # noqa: RUF012
         "layers.*.mixer.experts.up_proj": "grouped_gemm",
         "layers.*.mixer.experts.down_proj": "grouped_gemm",
         "layers.*.mixer.experts": "ep_dispatch_experts",
@@ -176,14 +176,18 @@ class NemotronHConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         # JSON gives a list; one spelling inside makes equality after a round trip hold.
-        self.time_step_limit = [float(bound) for bound in self.time_step_limit]
+        if self.time_step_limit is None:
+            self.time_step_limit = [0.0, math.inf]
+        elif isinstance(self.time_step_limit, list | tuple):
+            self.time_step_limit = [float(bound) for bound in self.time_step_limit]
         super().__post_init__(**kwargs)
         self._check()
 
     def _merge_spellings(self, list_field: str, pattern_field: str, pattern: str | None) -> None:
         listed = getattr(self, list_field)
         layers = None if listed is None else parse_layers(listed, list_field)
-        if pattern:
+        # Files of models without MTP may hold an empty MTP pattern.
+        if pattern or (pattern is not None and list_field == "layers_block_type"):
             from_pattern = parse_layers(pattern, pattern_field)
             if layers is not None and layers != from_pattern:
                 raise ValueError(
@@ -207,7 +211,8 @@ class NemotronHConfig(PreTrainedConfig):
         for name in _POSITIVE_FIELDS:
             value = getattr(self, name)
             refuse_unless(
-                isinstance(value, int) and value > 0, f"`{name}` is {value!r}: it must be a whole number above 0."
+                isinstance(value, int) and not isinstance(value, bool) and value > 0,
+                f"`{name}` is {value!r}: it must be a whole number above 0.",
             )
         refuse_unless(
             self.mamba_num_heads % self.n_groups == 0,
@@ -257,10 +262,15 @@ class NemotronHConfig(PreTrainedConfig):
             "`mtp_layers_block_type` holds a Mamba-2 layer: MTP depths are built from attention, moe and mlp layers.",
         )
         refuse_unless(self.conv_kernel >= 2, f"`conv_kernel` is {self.conv_kernel}: it must be at least 2.")
-        low, high = (*self.time_step_limit, math.nan, math.nan)[:2]
+        limit = self.time_step_limit
         refuse_unless(
-            len(self.time_step_limit) == 2 and 0 <= low <= high,
+            isinstance(limit, list | tuple) and len(limit) == 2 and 0 <= limit[0] <= limit[1],
             f"`time_step_limit` is {self.time_step_limit}: give (low, high) with 0 <= low <= high.",
+        )
+        refuse_unless(
+            0 < self.time_step_min <= self.time_step_max,
+            f"`time_step_min` ({self.time_step_min}) and `time_step_max` ({self.time_step_max}) bound the initial time "
+            "steps: give 0 < time_step_min <= time_step_max.",
         )
         refuse_unless(
             self.mamba_hidden_act in ("silu", "swish"),
@@ -297,6 +307,12 @@ class NemotronHConfig(PreTrainedConfig):
     def mtp_hybrid_override_pattern(self) -> str | None:
         """The layers of one MTP depth as a pattern string, or None."""
         return None if self.mtp_layers_block_type is None else to_pattern(self.mtp_layers_block_type)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """As transformers', for subclasses: this class is installed, so no checkpoint needs a copy of its file."""
+        if cls is not NemotronHConfig:
+            super().register_for_auto_class(auto_class)
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', with the pattern strings and the count beside the lists, for readers that know only those."""

@@ -51,6 +51,11 @@ class HybridCache(DynamicCache):
         self._has_attention = "full_attention" in config.layers_block_type
         self._tokens_seen = 0
 
+    @property
+    def is_compileable(self) -> bool:
+        """False: its length is a number that changes with every call, even where every state has a fixed size."""
+        return False
+
     def note_tokens(self, count: int) -> None:
         """Called once per forward: a model of Mamba-2 layers only has no keys to count."""
         self._tokens_seen += count
@@ -58,6 +63,12 @@ class HybridCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of positions seen so far, padding included."""
         return super().get_seq_length(layer_idx) if self._has_attention else self._tokens_seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Number of keys that `query_length` new positions may see, and the position of the first of them."""
+        if self._has_attention:
+            return super().get_mask_sizes(query_length, layer_idx)
+        return self._tokens_seen + query_length, 0
 
     def reset(self) -> None:
         super().reset()

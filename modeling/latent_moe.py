@@ -22,6 +22,8 @@ from .mlp import NemotronHMLP
 class NemotronHTopkRouter(nn.Module):
     """Sigmoid router with a correction bias that steers the choice but not the weights, in float32."""
 
+    e_score_correction_bias: Tensor
+
     def __init__(self, config: NemotronHConfig):
         super().__init__()
         self.top_k, self.num_experts = config.num_experts_per_tok, config.n_routed_experts
@@ -47,6 +49,15 @@ class NemotronHTopkRouter(nn.Module):
         if self.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return logits, weights * self.routed_scaling_factor, index
+
+    def _apply(self, fn, recurse: bool = True):
+        # `model.bfloat16()` must not reach the bias: it moves by steps of 0.001, which vanish in lower precision.
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        after = self.e_score_correction_bias
+        if after.dtype.itemsize < before.dtype.itemsize:
+            self.e_score_correction_bias = after.to(before.dtype) if before.is_meta else before.to(after.device)
+        return self
 
     def _keep_best_groups(self, choice: Tensor) -> Tensor:
         """Leave only the `topk_group` groups whose two best experts score highest."""

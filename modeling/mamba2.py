@@ -24,6 +24,19 @@ from .token_layout import TokenLayout
 _SEGMENT_TOKENS = {"cpu": 512, "cuda": 16384}
 
 
+class NemotronHCausalConv1d(nn.Conv1d):
+    """The causal convolution and its SiLU, with weights in the shapes of the release.
+
+    A module that is called, because weights that wait on disk or on another device are fetched when their module is.
+    """
+
+    def forward(self, x: Tensor, state: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
+        """(batch, seq, channels) -> the same; or one token (batch, channels), which advances `state` in place."""
+        if x.dim() == 2:
+            return causal_conv1d_update(state, x, self.weight.squeeze(1), self.bias)
+        return causal_conv1d(x, self.weight.squeeze(1), self.bias, state, seq_idx)
+
+
 class NemotronHMamba2Mixer(nn.Module):
     """Mamba-2 (Dao & Gu 2024) with B and C shared in groups. Input and output (batch, seq, hidden)."""
 
@@ -41,8 +54,7 @@ class NemotronHMamba2Mixer(nn.Module):
         self.in_proj = nn.Linear(
             config.hidden_size, self.intermediate_size + self.conv_dim + self.num_heads, bias=config.use_bias
         )
-        # Holds the weights under their published names; the convolution itself is `causal_conv1d`.
-        self.conv1d = nn.Conv1d(
+        self.conv1d = NemotronHCausalConv1d(
             self.conv_dim, self.conv_dim, self.conv_kernel, groups=self.conv_dim, bias=config.use_conv_bias
         )
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
@@ -84,7 +96,7 @@ class NemotronHMamba2Mixer(nn.Module):
             for start in range(0, length, segment):
                 end = min(start + segment, length)
                 ids = None if seq_idx is None else seq_idx[:, start:end]
-                if ids is not None and start:
+                if seq_idx is not None and start:
                     # A state handed on belongs to the document before the cut; another document starts from zero.
                     same = seq_idx[:, start] == seq_idx[:, start - 1]
                     conv_state, ssm_state = conv_state * same.view(-1, 1, 1), ssm_state * same.view(-1, 1, 1, 1)
@@ -109,7 +121,7 @@ class NemotronHMamba2Mixer(nn.Module):
         """One stretch of sequence, real tokens first. Returns the output and the states after each row's last token."""
         batch, length, _ = hidden_states.shape
         z, conv_in, dt = self._project(hidden_states)
-        xBC = causal_conv1d(conv_in, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, seq_idx)
+        xBC = self.conv1d(conv_in, conv_state, seq_idx)
         x, B, C = xBC.split([self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1)
         dt = self._time_step(dt)
         if lengths is not None:
@@ -138,7 +150,7 @@ class NemotronHMamba2Mixer(nn.Module):
         if real is not None:
             dt = dt * real.unsqueeze(-1)
             before = conv_state.clone()
-        xBC = causal_conv1d_update(conv_state, conv_in, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        xBC = self.conv1d(conv_in, conv_state)
         if real is not None:
             conv_state.copy_(torch.where(real.view(-1, 1, 1), conv_state, before))
         x, B, C = xBC.split([self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -28,8 +30,10 @@ from .mamba2 import NemotronHMamba2Mixer
 from .mtp import NemotronHMTP
 from .norms import NemotronHRMSNorm
 from .objective import mtp_loss, next_token_loss
+from .published_state import take_published_names
+from .remote_code import AUTO_MAP, STUB_FILE, write_stub
 from .token_layout import TokenLayout, describe_tokens
-from .weight_checks import name_truncated_file, refuse_non_finite
+from .weight_checks import check_headers, name_truncated_file, refuse_non_finite, refuse_pickled
 
 # Output projections write into the residual stream; their initial scale shrinks with the number of layers.
 _OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj")
@@ -58,17 +62,52 @@ class NemotronHPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As transformers', and a damaged file or a tensor that is not finite is refused by name.
+        """As transformers', from safetensors files only, and what is wrong with them is named.
 
         Raises:
-            ValueError: a weight with NaN or infinity, or a file that is not a whole safetensors file.
+            ValueError: pickled weights; a file that is not a whole safetensors file; experts that are missing or surplus;
+                shapes that do not fit the configuration; a weight with NaN or infinity.
+            FileNotFoundError: a shard that the index names and that is not there.
         """
+        refuse_pickled(pretrained_model_name_or_path, kwargs.get("use_safetensors"))
+        kwargs["use_safetensors"] = True
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise ValueError(name_truncated_file(pretrained_model_name_or_path, error)) from error
         refuse_non_finite(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        # `from_pretrained` and adapters come through here, the latter with keys of their own.
+        if state_dict is None and expected_keys is None:
+            check_headers(model, checkpoint_files, load_config)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        """As transformers', always in the published layout, with a stub for `trust_remote_code=True` beside it.
+
+        transformers would write back the layout that was read. Only `save_original_format=False` still asks for
+        the modules' own names and stacked experts.
+        """
+        if getattr(self, "hf_quantizer", None) is None:
+            self._weight_conversions = get_model_conversion_mapping(self, add_legacy=False)
+            if self.base_model is self:
+                self._weight_conversions.insert(0, PrefixChange(prefix_to_remove="backbone"))
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            self.config.auto_map = dict(AUTO_MAP)
+            if self.should_save_on_this_rank(is_main_process):
+                write_stub(save_directory)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+
+    def _get_files_timestamps(self, working_dir):
+        # Uploaded is what changed since; the stub is already there when transformers begins to save.
+        return {name: time for name, time in super()._get_files_timestamps(working_dir).items() if name != STUB_FILE}
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        take_published_names(self, state_dict, prefix, missing_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Our own experts unless another implementation is asked for by name."""
@@ -143,6 +182,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
             NemotronHBlock(config, kind, index) for index, kind in enumerate(config.layers_block_type)
         )
         self.norm_f = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False  # set by transformers, which then turns `use_cache` off
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -355,11 +395,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         return self.config.mtp_num_depths if depths is None else depths
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        # generate() would make a plain DynamicCache, whose Mamba layers cannot select or repeat rows.
+        # generate() would make a plain DynamicCache, whose Mamba layers cannot select or repeat rows. And no cache of
+        # transformers' knows its length without an attention layer.
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         made = model_kwargs.get("past_key_values")
-        if given is None and made is not None and not made.is_compileable:
+        attends = "full_attention" in self.config.layers_block_type
+        if given is None and made is not None and (type(made) is DynamicCache or not attends):
             model_kwargs["past_key_values"] = HybridCache(self.config, offloading=made.offloading)
 
     @staticmethod

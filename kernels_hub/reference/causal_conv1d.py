@@ -12,46 +12,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _same_document(seq_idx: Tensor | None, shift: int) -> Tensor | None:
-    """(batch, seq - shift, 1), true where a position and the one `shift` before it belong together."""
-    return None if seq_idx is None else (seq_idx[:, shift:] == seq_idx[:, :-shift]).unsqueeze(-1)
+from .dispatch import as_operator
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-    """The convolution before SiLU, in float32 (or float64)."""
-    kernel, length = weight.shape[1], x.shape[1]
+# Positions per pass of the backward; its temporaries then stay in cache whatever the length.
+_BLOCK = 256
+
+
+def _with_past(x: Tensor, kernel: int, state: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Inputs with the `kernel - 1` before them, (batch, kernel - 1 + seq, channels), and the same for document ids.
+
+    What a state holds belongs to the first document of this call.
+    """
     work = torch.promote_types(x.dtype, torch.float32)
-    x = x.to(work)
-    if seq_idx is None and x.device.type == "cpu":
-        # (batch, seq, channels) is the channels-last form of a picture one row high, which oneDNN convolves as it lies.
-        before = x.new_zeros(x.shape[0], kernel - 1, x.shape[2]) if state is None else state[..., 1:].to(work).mT
-        picture = torch.cat([before, x], dim=1).unsqueeze(1).permute(0, 3, 1, 2)
-        out = F.conv2d(
-            picture, weight.to(work)[:, None, None], None if bias is None else bias.to(work), groups=x.shape[2]
-        )
+    past = x.new_zeros(x.shape[0], kernel - 1, x.shape[2], dtype=work) if state is None else state[..., 1:].to(work).mT
+    ids = None if seq_idx is None else torch.cat([seq_idx[:, :1].expand(-1, kernel - 1), seq_idx], dim=1)
+    return torch.cat([past, x.to(work)], dim=1), ids
+
+
+def _same_document(ids: Tensor, tap: int, kernel: int) -> Tensor:
+    """(batch, seq, 1): whether a position and the input its tap reads belong to one document."""
+    length = ids.shape[1] - kernel + 1
+    return (ids[:, tap : tap + length] == ids[:, kernel - 1 :]).unsqueeze(-1)
+
+
+def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None) -> Tensor:
+    """The convolution before SiLU: (batch, kernel - 1 + seq, channels) -> (batch, seq, channels)."""
+    kernel, length = weight.shape[1], padded.shape[1] - weight.shape[1] + 1
+    weight = weight.to(padded.dtype)
+    bias = None if bias is None else bias.to(padded.dtype)
+    if ids is None and padded.device.type == "cpu":
+        # This layout is the channels-last form of a picture one row high, which oneDNN convolves as it lies.
+        picture = padded.unsqueeze(1).permute(0, 3, 1, 2)
+        out = F.conv2d(picture, weight[:, None, None], bias, groups=weight.shape[0])
         return out.permute(0, 2, 3, 1).squeeze(1)
-    taps = weight.to(work).t()
-    out = x * taps[-1] if bias is None else torch.addcmul(bias.to(work), x, taps[-1])
-    for shift in range(1, min(kernel, length)):
-        same = _same_document(seq_idx, shift)
-        earlier = x[:, :-shift] if same is None else x[:, :-shift] * same
-        out[:, shift:].addcmul_(earlier, taps[-1 - shift])
-    if state is not None:
-        # Inputs before position 0: column -i of the state is x_{-i}. They belong to the first document of this call.
-        for position in range(min(kernel - 1, length)):
-            past = state[..., position + 1 :].to(work)  # (batch, channels, kernel - 1 - position)
-            add = (past * weight.to(work)[:, : past.shape[-1]]).sum(-1)
-            if seq_idx is not None:
-                add = add * (seq_idx[:, position] == seq_idx[:, 0]).unsqueeze(-1)
-            out[:, position] += add
+    out = padded.new_zeros(padded.shape[0], length, padded.shape[2])
+    if bias is not None:
+        out += bias
+    for tap in range(kernel):
+        inputs = padded[:, tap : tap + length]
+        out.addcmul_(inputs if ids is None else inputs * _same_document(ids, tap, kernel), weight[:, tap])
     return out
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    padded, ids = _with_past(x, weight.shape[1], state, seq_idx)
+    return F.silu(_convolve(padded, weight, bias, ids), inplace=True).to(x.dtype).contiguous()
 
 
 @torch.library.custom_op("nemotron_super::causal_conv1d", mutates_args=())
 def _conv_op(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-    out = _convolve(x, weight, bias, state, seq_idx)
-    return F.silu(out, inplace=True).to(x.dtype)
+    return _conv(x, weight, bias, state, seq_idx)
 
 
 @_conv_op.register_fake
@@ -64,31 +75,30 @@ def _conv_backward_op(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernel, length = weight.shape[1], x.shape[1]
-    work = torch.promote_types(x.dtype, torch.float32)
-    grad = torch.ops.aten.silu_backward(grad.to(work), _convolve(x, weight, bias, state, seq_idx))
-    taps = weight.to(work).t()
-    x_work = x.to(work)
-    grad_x = grad * taps[-1]
-    grad_taps = [(grad * x_work).sum((0, 1))]
-    for shift in range(1, kernel):
-        if shift >= length:
-            grad_taps.insert(0, torch.zeros_like(taps[0]))
-            continue
-        same = _same_document(seq_idx, shift)
-        late = grad[:, shift:] if same is None else grad[:, shift:] * same
-        grad_x[:, :-shift].addcmul_(late, taps[-1 - shift])
-        grad_taps.insert(0, (late * x_work[:, :-shift]).sum((0, 1)))
-    grad_weight = torch.stack(grad_taps, dim=-1)
-    grad_state = torch.zeros_like(weight, dtype=work).expand(x.shape[0], -1, -1).clone()
-    if state is not None:
-        for position in range(min(kernel - 1, length)):
-            g = grad[:, position].unsqueeze(-1)
-            if seq_idx is not None:
-                g = g * (seq_idx[:, position] == seq_idx[:, 0])[:, None, None]
-            past = state[..., position + 1 :].to(work)
-            grad_weight[:, : past.shape[-1]] += (g * past).sum(0)
-            grad_state[..., position + 1 :] += g * weight.to(work)[:, : past.shape[-1]]
-    return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad.sum((0, 1)).to(weight.dtype), grad_state
+    padded, ids = _with_past(x, kernel, state, seq_idx)
+    taps = weight.to(padded.dtype).t().contiguous()
+    grad_padded, grad_taps = torch.zeros_like(padded), torch.zeros_like(taps)
+    grad_bias = padded.new_zeros(weight.shape[0])
+    block = _BLOCK if x.device.type == "cpu" else length
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        window = padded[:, start : end + kernel - 1]
+        window_ids = None if ids is None else ids[:, start : end + kernel - 1]
+        before_silu = _convolve(window, weight, bias, window_ids)
+        g = torch.ops.aten.silu_backward(grad[:, start:end].to(padded.dtype), before_silu)
+        grad_bias += g.sum((0, 1))
+        for tap in range(kernel):
+            seen = g if window_ids is None else g * _same_document(window_ids, tap, kernel)
+            grad_padded[:, start + tap : end + tap].addcmul_(seen, taps[tap])
+            grad_taps[tap] += (seen * window[:, tap : tap + end - start]).sum((0, 1))
+    # The oldest column of the state is never read.
+    grad_state = torch.nn.functional.pad(grad_padded[:, : kernel - 1].mT, (1, 0))
+    return (
+        grad_padded[:, kernel - 1 :].to(x.dtype).contiguous(),
+        grad_taps.t().to(weight.dtype).contiguous(),
+        grad_bias.to(weight.dtype),
+        grad_state.contiguous(),
+    )
 
 
 @_conv_backward_op.register_fake
@@ -135,7 +145,7 @@ def causal_conv1d(
     Returns:
         (batch, seq, channels) in the dtype of x.
     """
-    return _conv_op(x, weight, bias, state, seq_idx)
+    return (_conv_op if as_operator() else _conv)(x, weight, bias, state, seq_idx)
 
 
 def causal_conv1d_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

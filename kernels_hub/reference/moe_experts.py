@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import as_operator
+
 _FEW = 2  # tokens up to which sorting costs more than it saves on a CPU
 
 
@@ -145,7 +147,7 @@ def moe_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Ten
     Returns:
         (tokens, width) in the dtype of x; the sum over experts is taken in float32.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if as_operator():
         return _experts_op(x, index, weights, up, down)[0]
     if x.shape[0] <= _FEW and x.device.type == "cpu":
         return _few_tokens(x, index, weights, up, down)

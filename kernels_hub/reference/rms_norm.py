@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import as_operator
+
 
 def _gated(y: Tensor, z: Tensor | None, group_size: int, work: torch.dtype) -> Tensor:
     """y * silu(z), seen as (..., groups, group_size)."""
@@ -21,14 +23,17 @@ def _gated(y: Tensor, z: Tensor | None, group_size: int, work: torch.dtype) -> T
     return v.unflatten(-1, (-1, group_size))
 
 
+def _norm(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int) -> Tensor:
+    work = torch.promote_types(y.dtype, torch.float32)
+    if z is None:
+        return F.rms_norm(y.to(work), (group_size,), weight.to(work), eps).to(y.dtype)
+    normed = F.rms_norm(_gated(y, z, group_size, work), (group_size,), eps=eps)
+    return (normed.flatten(-2) * weight.to(work)).to(y.dtype)
+
+
 @torch.library.custom_op("nemotron_super::gated_rms_norm", mutates_args=())
 def _norm_op(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int) -> Tensor:
-    work = torch.promote_types(y.dtype, torch.float32)
-    v = _gated(y, z, group_size, work)
-    scale = torch.linalg.vector_norm(v, dim=-1, keepdim=True).square_().div_(group_size).add_(eps).rsqrt_()
-    weight = weight.to(work).view(-1, group_size)
-    out = v.mul_(scale).mul_(weight) if z is not None else (v * scale).mul_(weight)
-    return out.flatten(-2).to(y.dtype)
+    return _norm(y, z, weight, eps, group_size)
 
 
 @_norm_op.register_fake
@@ -82,9 +87,9 @@ _norm_op.register_autograd(_autograd, setup_context=_setup_context)
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over the last dimension of x (..., width); weight (width,). Returns the dtype of x."""
-    return _norm_op(x, None, weight, eps, x.shape[-1])
+    return (_norm_op if as_operator() else _norm)(x, None, weight, eps, x.shape[-1])
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
     """RMS norm of y * silu(z) in groups of `group_size`; y, z (..., width); weight (width,). Returns the dtype of y."""
-    return _norm_op(y, z, weight, eps, group_size)
+    return (_norm_op if as_operator() else _norm)(y, z, weight, eps, group_size)

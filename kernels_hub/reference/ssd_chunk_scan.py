@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dispatch import as_operator
+
 # Numbers in the largest temporary. On a CPU it should stay in the second-level cache of two cores; a GPU wants width.
 _DECAY_BUDGET = {"cpu": 1 << 18, "cuda": 1 << 26}
 # The decay matrix costs length x chunk exponentials. On a CPU they outweigh the products above 64.
@@ -345,4 +347,4 @@ def ssd_chunk_scan(
         y (batch, seq, heads, head_dim) in the dtype of x, and the state after the last position,
         (batch, heads, head_dim, state_size), float32 (float64 for float64 input).
     """
-    return _scan_op(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
+    return (_scan_op if as_operator() else _forward)(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)

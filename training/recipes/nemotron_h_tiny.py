@@ -89,6 +89,7 @@ def train(data: Path, output: Path, steps: int, windows_per_step: int, seed: int
         per_device_train_batch_size=windows_per_step,
         max_steps=steps,
         bf16=gpu,
+        tf32=gpu or None,
         max_grad_norm=1.0,
         logging_steps=max(1, steps // 200),
         save_strategy="no",

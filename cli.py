@@ -1,0 +1,62 @@
+"""The command `nemotron-super`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+TINY = Path(__file__).parent / "model_card" / "nemotron-h-tiny"
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Continue a prompt, printing tokens as they come."""
+    # Imported here, so that `nemotron-super --help` answers at once.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer, set_seed
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    set_seed(arguments.seed)
+    settings = GenerationConfig.from_model_config(model.config)
+    settings.max_new_tokens = arguments.max_new_tokens
+    settings.do_sample = arguments.temperature > 0
+    if settings.do_sample:
+        settings.temperature, settings.top_p = arguments.temperature, 0.95
+    if arguments.chat:
+        messages = [{"role": "user", "content": arguments.prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(tokenizer.bos_token + arguments.prompt, return_tensors="pt", add_special_tokens=False)
+        print(arguments.prompt, end="", flush=True)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(**inputs.to(model.device), generation_config=settings, streamer=streamer)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the command's parser."""
+    top = argparse.ArgumentParser(prog="nemotron-super", description="Nemotron 3 Super for transformers.")
+    commands = top.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("generate", help="continue a prompt, streaming", description=generate.__doc__)
+    one.add_argument("prompt")
+    one.add_argument("--model", default=str(TINY), help="folder or name of a checkpoint (default: the bundled tiny one)")
+    one.add_argument("--max-new-tokens", type=int, default=120)
+    one.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token each time")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    one.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
+    one.set_defaults(run=generate)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `nemotron-super` command."""
+    arguments = parser().parse_args(argv)
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

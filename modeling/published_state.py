@@ -1,0 +1,53 @@
+"""`load_state_dict` with published names: a backbone called `backbone.` and one tensor per expert.
+
+`from_pretrained` converts names by itself. transformers' `Trainer` does not: to resume a run, and to put the best weights
+back at its end, it reads what `save_pretrained` wrote and hands it to `load_state_dict` as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_EXPERT = re.compile(r"(?P<stack>.*mixer\.experts\.)(?P<expert>\d+)\.(?P<name>up_proj|down_proj)\.weight")
+
+
+def take_published_names(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, missing_keys: list[str], error_msgs: list[str]
+) -> None:
+    """Rename in place what a published checkpoint of `module` calls differently, and stack experts.
+
+    Args:
+        module: a Nemotron-H model whose names begin with `prefix` in `state_dict`.
+        missing_keys: gets the experts of which others came; their weights stay as they are.
+        error_msgs: gets experts of a wrong shape.
+    """
+    stacks: dict[str, Tensor] = {}
+    seen: dict[str, set[int]] = {}
+    parameters = dict(module.named_parameters())
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        if name.startswith("backbone."):
+            name = ("model." if hasattr(module, "model") else "") + name.removeprefix("backbone.")
+        found = _EXPERT.fullmatch(name)
+        stack, expert = (found["stack"] + found["name"], int(found["expert"])) if found else ("", 0)
+        own = parameters.get(stack)
+        if own is None or expert >= own.shape[0]:
+            if prefix + name != key:
+                state_dict[prefix + name] = state_dict.pop(key)
+            continue
+        tensor = state_dict.pop(key)
+        if tensor.shape != own.shape[1:]:
+            error_msgs.append(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(own.shape[1:])}.")
+            continue
+        if stack not in stacks:
+            stacks[stack] = torch.empty_like(own, device=tensor.device) if own.is_meta else own.detach().clone()
+        stacks[stack][expert] = tensor
+        seen.setdefault(stack, set()).add(expert)
+    for stack, tensor in stacks.items():
+        state_dict[prefix + stack] = tensor
+        before, _, name = (prefix + stack).rpartition(".")
+        missing_keys += [f"{before}.{e}.{name}.weight" for e in range(tensor.shape[0]) if e not in seen[stack]]
