@@ -92,7 +92,7 @@ class NemotronHConfig(PreTrainedConfig):
     """
 
     model_type = "nemotron_h"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads it from the class)
+    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012 (transformers reads it from the class)
     attribute_map = {"layer_types": "layers_block_type", "num_local_experts": "n_routed_experts"}  # noqa: RUF012
     base_model_tp_plan = {  # noqa: RUF012
         "embeddings": "embedding_rowwise",

@@ -59,15 +59,15 @@ class NemotronHAttention(nn.Module):
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
 
     def forward(
-        self, hidden_states: Tensor, layout: TokenLayout, past_key_values: Cache | None = None, **kwargs
+        self, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
         batch, length, _ = hidden_states.shape
         query, key, value = (
             projection(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if past_key_values is not None:
-            cached = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            cached = cache.update(key, value, self.layer_idx)
             # Packed documents never look back into the cache, so they attend to this call's keys as they are.
             key, value = cached if layout.documents is None else (key, value)
 

@@ -45,13 +45,13 @@ class NemotronHBlock(GradientCheckpointingLayer):
         self.mixer = make_mixer(config, kind, layer_idx)
 
     def forward(
-        self, hidden_states: Tensor, layout: TokenLayout, past_key_values: Cache | None = None, **kwargs
+        self, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None, **kwargs
     ) -> Tensor:
-        return mix_residual(self, hidden_states, layout, past_key_values, **kwargs)
+        return mix_residual(self, hidden_states, layout, cache, **kwargs)
 
 
 def mix_residual(
-    block: nn.Module, hidden_states: Tensor, layout: TokenLayout, past_key_values: Cache | None = None, **kwargs
+    block: nn.Module, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None, **kwargs
 ) -> Tensor:
     """`hidden_states + block.mixer(block.norm(hidden_states))`, for any module with `block_type`, `norm` and `mixer`."""
     if block.block_type in ("moe", "mlp"):
@@ -67,8 +67,8 @@ def mix_residual(
         return hidden_states + block.mixer(_normed(block, hidden_states))
     normed = _normed(block, hidden_states)
     if block.block_type == "linear_attention":
-        return hidden_states + block.mixer(normed, layout, past_key_values)
-    return hidden_states + block.mixer(normed, layout, past_key_values, **kwargs)[0]
+        return hidden_states + block.mixer(normed, layout, cache)
+    return hidden_states + block.mixer(normed, layout, cache, **kwargs)[0]
 
 
 def _normed(block: nn.Module, hidden_states: Tensor) -> Tensor:

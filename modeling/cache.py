@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 
@@ -50,15 +50,17 @@ class HybridCache(DynamicCache):
                 self.layers[index] = Mamba2CacheLayer()
         self._has_attention = "full_attention" in config.layers_block_type
         self._tokens_seen = 0
+        self.holds_packed_documents = False
 
     @property
     def is_compileable(self) -> bool:
         """False: its length is a number that changes with every call, even where every state has a fixed size."""
         return False
 
-    def note_tokens(self, count: int) -> None:
+    def note_tokens(self, count: int, packed: bool) -> None:
         """Called once per forward: a model of Mamba-2 layers only has no keys to count."""
         self._tokens_seen += count
+        self.holds_packed_documents |= packed
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of positions seen so far, padding included."""
@@ -73,6 +75,7 @@ class HybridCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self._tokens_seen = 0
+        self.holds_packed_documents = False
 
 
 def check_cache(cache: Cache, config: NemotronHConfig, batch: int) -> None:
@@ -84,40 +87,52 @@ def check_cache(cache: Cache, config: NemotronHConfig, batch: int) -> None:
     layers = cache.layers
     if layers and len(layers) != config.num_hidden_layers:
         raise ValueError(
-            f"`past_key_values` has {len(layers)} layers but this model has {config.num_hidden_layers}: it was made for "
+            f"`cache` has {len(layers)} layers but this model has {config.num_hidden_layers}: it was made for "
             "another configuration. Make one with `HybridCache(model.config)`."
         )
     if not layers:
-        raise ValueError("`past_key_values` was made without a configuration: use `HybridCache(model.config)`.")
+        raise ValueError("`cache` was made without a configuration: use `HybridCache(model.config)`.")
+    if getattr(cache, "holds_packed_documents", False):
+        raise ValueError(
+            "`cache` was filled with packed documents: attention would see all of them, the Mamba-2 layers the last only. "
+            "Continue each document from a cache of its own."
+        )
+    conv_dim = config.mamba_num_heads * config.mamba_head_dim + 2 * config.n_groups * config.ssm_state_size
+    conv_shape = (conv_dim, config.conv_kernel)
     ssm_shape = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
     kv_shape = (config.num_key_value_heads, config.head_dim)
-    for index, kind in enumerate(config.layers_block_type):
-        layer = layers[index]
+    for index, (kind, layer) in enumerate(zip(config.layers_block_type, layers, strict=True)):
+        stateful = kind if kind in ("linear_attention", "full_attention") else None
+        if stateful != _kind_of(layer):
+            raise ValueError(
+                f"`cache` holds a {type(layer).__name__} for layer {index}, which is of kind {kind!r}: it was made for "
+                "another configuration. Make one with `HybridCache(model.config)`."
+            )
+        states: list[tuple[torch.Tensor | None, tuple[int, ...], tuple[int, ...]]] = []
         if kind == "linear_attention":
-            if not isinstance(layer, LinearAttentionLayer):
-                raise ValueError(
-                    f"`past_key_values` holds a {type(layer).__name__} for layer {index}, which is a Mamba-2 layer: it was "
-                    "made for another configuration. Make one with `HybridCache(model.config)`."
-                )
-            state, expected = layer.recurrent_states[0], ssm_shape
-            found = None if state is None else tuple(state.shape[1:])
+            conv, ssm = layer.conv_states[0], layer.recurrent_states[0]
+            states = [(s, e, () if s is None else tuple(s.shape[1:])) for s, e in ((conv, conv_shape), (ssm, ssm_shape))]
         elif kind == "full_attention":
-            state = getattr(layer, "keys", None)
-            state = state if state is not None and state.dim() == 4 else None
-            expected, found = kv_shape, None if state is None else (state.shape[1], state.shape[3])
-        else:
-            continue
-        if state is None:
-            continue
-        if found != expected:
-            raise ValueError(
-                f"`past_key_values` holds a state of shape {found} for layer {index}, this model needs {expected}: it was "
-                "filled by another configuration."
-            )
-        if state.shape[0] != batch:
-            raise ValueError(
-                f"`past_key_values` was filled with a batch of {state.shape[0]} but this call has {batch} rows. Use "
-                "`batch_select_indices` or `batch_repeat_interleave` to change its rows."
-            )
-        if kind == "full_attention":
-            return  # the first attention layer stands for the rest: all layers are filled together
+            keys = getattr(layer, "keys", None)
+            if keys is not None and keys.dim() == 4:  # it begins as an empty vector
+                states = [(keys, kv_shape, (keys.shape[1], keys.shape[3]))]
+        for state, expected, found in states:
+            if state is None:
+                continue
+            if found != expected:
+                raise ValueError(
+                    f"`cache` holds a state of shape {found} for layer {index}, this model needs {expected}: it was "
+                    "filled by another configuration."
+                )
+            if state.shape[0] != batch:
+                raise ValueError(
+                    f"`cache` was filled with a batch of {state.shape[0]} but this call has {batch} rows. Use "
+                    "`batch_select_indices` or `batch_repeat_interleave` to change its rows."
+                )
+
+
+def _kind_of(layer) -> str | None:
+    """The kind of block a cache layer serves; None where the block keeps nothing."""
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return "linear_attention"
+    return None if isinstance(layer, DummyLayer) else "full_attention"

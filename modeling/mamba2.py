@@ -65,24 +65,17 @@ class NemotronHMamba2Mixer(nn.Module):
         )
         self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
 
-    def forward(self, hidden_states: Tensor, layout: TokenLayout, past_key_values: Cache | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None) -> Tensor:
         conv_state = ssm_state = None
-        if past_key_values is not None:
-            conv_state = past_key_values.get_conv_state(self.layer_idx)
-            ssm_state = past_key_values.get_recurrent_state(self.layer_idx)
+        if cache is not None:
+            conv_state = cache.get_conv_state(self.layer_idx)
+            ssm_state = cache.get_recurrent_state(self.layer_idx)
             if conv_state is not None and hidden_states.shape[1] == 1:
                 return self._one_token(hidden_states, layout, conv_state, ssm_state)
 
-        padding, seq_idx = layout.padding, layout.seq_idx
-        lengths = None
+        padding, seq_idx, lengths = layout.padding, layout.compact_documents(), None
         if padding is not None:
-            lengths = padding.lengths
-            hidden_states = padding.compact(hidden_states)
-            if seq_idx is not None:
-                # Padding joins the row's last document, so that the state after it is that document's.
-                last = padding.compact(seq_idx).gather(1, (lengths - 1).clamp(min=0).unsqueeze(1))
-                slots = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-                seq_idx = torch.where(slots < lengths.unsqueeze(1), padding.compact(seq_idx), last)
+            lengths, hidden_states = padding.lengths, padding.compact(hidden_states)
 
         batch, length, _ = hidden_states.shape
         segment = length
@@ -105,9 +98,9 @@ class NemotronHMamba2Mixer(nn.Module):
                     hidden_states[:, start:end], conv_state, ssm_state, ids, here
                 )
 
-        if past_key_values is not None:
-            past_key_values.update_conv_state(conv_state, self.layer_idx, conv_kernel_size=self.conv_kernel)
-            past_key_values.update_recurrent_state(ssm_state.to(self.cache_dtype), self.layer_idx)
+        if cache is not None:
+            cache.update_conv_state(conv_state, self.layer_idx, conv_kernel_size=self.conv_kernel)
+            cache.update_recurrent_state(ssm_state.to(self.cache_dtype), self.layer_idx)
         return out if padding is None else padding.restore(out)
 
     def _mix(

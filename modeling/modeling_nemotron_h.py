@@ -18,6 +18,7 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gener
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -35,6 +36,8 @@ from .remote_code import AUTO_MAP, STUB_FILE, write_stub
 from .token_layout import TokenLayout, describe_tokens
 from .weight_checks import check_headers, name_truncated_file, refuse_non_finite, refuse_pickled
 
+# The argument's name before transformers 5.24, which callers will use for a while.
+_accept_old_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
 # Output projections write into the residual stream; their initial scale shrinks with the number of layers.
 _OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj")
 
@@ -47,7 +50,6 @@ class NemotronHPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("NemotronHBlock", "NemotronHMTPBlock")
-    _skip_keys_device_placement = ("past_key_values",)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -193,12 +195,13 @@ class NemotronHModel(NemotronHPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
+    @_accept_old_cache_name
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         seq_idx: Tensor | None = None,
@@ -212,13 +215,13 @@ class NemotronHModel(NemotronHPreTrainedModel):
             input_ids: (batch, seq) int64; or give `inputs_embeds` (batch, seq, hidden) instead.
             attention_mask: (batch, past + seq), 1 for tokens and 0 for padding on either side.
             position_ids: (batch, seq). Used only to find packed documents: they begin where it does not go up by one.
-            past_key_values: a `HybridCache`, filled in place.
+            cache: a `HybridCache`, filled in place.
             seq_idx: (batch, seq) document ids of a packed batch.
             cu_seq_lens_q: (documents + 1,) cumulative lengths of a flattened batch of one row.
             layout: padding and documents, already worked out from the arguments above by a head.
 
         Returns:
-            `last_hidden_state` (batch, seq, hidden) after the final norm, `past_key_values` when `use_cache`, and
+            `last_hidden_state` (batch, seq, hidden) after the final norm, `cache` when `use_cache`, and
             `hidden_states`, `attentions` and `router_logits` when asked for.
 
         Raises:
@@ -226,18 +229,18 @@ class NemotronHModel(NemotronHPreTrainedModel):
         """
         if layout is None:
             layout, inputs_embeds = self.prepare_inputs(
-                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, seq_idx, cu_seq_lens_q
+                input_ids, attention_mask, position_ids, cache, inputs_embeds, seq_idx, cu_seq_lens_q
             )
-        if use_cache and past_key_values is None:
-            past_key_values = HybridCache(self.config)
+        if use_cache and cache is None:
+            cache = HybridCache(self.config)
         hidden_states = inputs_embeds.float() if self.config.residual_in_fp32 else inputs_embeds
         for layer in self.layers:
-            hidden_states = layer(hidden_states, layout=layout, past_key_values=past_key_values, **kwargs)
+            hidden_states = layer(hidden_states, layout=layout, cache=cache, **kwargs)
         hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
-        if isinstance(past_key_values, HybridCache):
-            past_key_values.note_tokens(inputs_embeds.shape[1])
+        if isinstance(cache, HybridCache):
+            cache.note_tokens(inputs_embeds.shape[1], packed=layout.seq_idx is not None)
         return MoeModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+            last_hidden_state=hidden_states, cache=cache if use_cache else None
         )
 
     def prepare_inputs(
@@ -245,7 +248,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         input_ids: Tensor | None,
         attention_mask: Tensor | dict[str, Tensor | None] | None,
         position_ids: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         inputs_embeds: Tensor | None,
         seq_idx: Tensor | None,
         cu_seq_lens_q: Tensor | Sequence[int] | None,
@@ -256,10 +259,10 @@ class NemotronHModel(NemotronHPreTrainedModel):
         if inputs_embeds is None:
             _check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embeddings(input_ids)
-        if past_key_values is not None and not torch.compiler.is_compiling():
-            check_cache(past_key_values, self.config, inputs_embeds.shape[0])
+        if cache is not None and not torch.compiler.is_compiling():
+            check_cache(cache, self.config, inputs_embeds.shape[0])
         layout = describe_tokens(
-            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, seq_idx, cu_seq_lens_q
+            self.config, inputs_embeds, attention_mask, position_ids, cache, seq_idx, cu_seq_lens_q
         )
         return layout, inputs_embeds
 
@@ -305,12 +308,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
+    @_accept_old_cache_name
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -338,17 +342,17 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if labels is not None and not keeps_all:
             raise ValueError("`labels` need the logits of every position: leave `logits_to_keep` at 0.")
-        depths = self._mtp_depths(labels, past_key_values, output_mtp_logits, mtp_num_depths)
+        depths = self._mtp_depths(labels, cache, output_mtp_logits, mtp_num_depths)
         layout, inputs_embeds = self.model.prepare_inputs(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, seq_idx, cu_seq_lens_q
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, seq_idx, cu_seq_lens_q
         )
         if labels is not None and labels.shape != inputs_embeds.shape[:2]:
             raise ValueError(
                 f"`labels` has shape {tuple(labels.shape)} but the inputs have shape {tuple(inputs_embeds.shape[:2])}."
             )
-        loss_kwargs = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
+        items = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
-            inputs_embeds=inputs_embeds, past_key_values=past_key_values, use_cache=use_cache, layout=layout, **kwargs
+            inputs_embeds=inputs_embeds, cache=cache, use_cache=use_cache, layout=layout, **kwargs
         )
         hidden_states = outputs.last_hidden_state
         logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
@@ -359,15 +363,15 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
 
         loss = lm_term = mtp_term = None
         if labels is not None:
-            loss = lm_term = next_token_loss(self.loss_function, logits, labels, 1, layout.seq_idx, **loss_kwargs)
+            loss = lm_term = next_token_loss(self.loss_function, logits, labels, 1, layout, items)
             if mtp_logits:
-                mtp_term = mtp_loss(self.loss_function, mtp_logits, labels, layout.seq_idx, **loss_kwargs)
+                mtp_term = mtp_loss(self.loss_function, mtp_logits, labels, layout, items)
                 loss = lm_term + self.config.mtp_loss_scaling_factor * mtp_term
 
         return NemotronHCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -377,7 +381,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         )
 
     def _mtp_depths(
-        self, labels: Tensor | None, past_key_values: Cache | None, output_mtp_logits: bool | None, depths: int | None
+        self, labels: Tensor | None, cache: Cache | None, output_mtp_logits: bool | None, depths: int | None
     ) -> int:
         """How many MTP depths this call runs: those asked for, or the trained ones where a loss wants them."""
         wanted = output_mtp_logits or (self.training and labels is not None and self.mtp is not None)
@@ -390,30 +394,31 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                 "`output_mtp_logits` was asked of a model without multi-token prediction: its configuration has "
                 "`num_nextn_predict_layers=0`, and its checkpoint no `mtp.layers.*` tensors."
             )
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            raise ValueError("`mtp_logits` need the whole sequence in one call: pass `past_key_values=None`.")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError("`mtp_logits` need the whole sequence in one call: pass `cache=None`.")
         return self.config.mtp_num_depths if depths is None else depths
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # generate() would make a plain DynamicCache, whose Mamba layers cannot select or repeat rows. And no cache of
         # transformers' knows its length without an attention layer.
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get("cache")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        made = model_kwargs.get("past_key_values")
+        made = model_kwargs.get("cache")
         attends = "full_attention" in self.config.layers_block_type
         if given is None and made is not None and (type(made) is DynamicCache or not attends):
-            model_kwargs["past_key_values"] = HybridCache(self.config, offloading=made.offloading)
+            model_kwargs["cache"] = HybridCache(self.config, offloading=made.offloading)
 
     @staticmethod
+    @_accept_old_cache_name
     def create_masks_for_generate(
-        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+        config, inputs_embeds, attention_mask, cache, position_ids=None, **kwargs
     ) -> dict[str, Tensor | None]:
         """Both masks the layers need, for fixed-size caches; transformers' default does not know `moe` and `mlp`."""
         arguments = {
             "config": config,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            "cache": cache,
         }
         return {
             "full_attention": create_causal_mask(**arguments),

@@ -10,7 +10,6 @@ named as published, flat: `mtp.layers.{depth * layers_per_depth + inner}`.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -71,25 +70,9 @@ class NemotronHMTP(nn.Module):
         """
         outputs = []
         for depth in range(depths):
-            next_embeds = ahead(inputs_embeds, depth + 1, layout.seq_idx, fill=0.0)
+            next_embeds = layout.ahead(inputs_embeds, depth + 1, fill=0.0)
             first = depth % self.physical_depths * self.layers_per_depth
             for layer in self.layers[first : first + self.layers_per_depth]:
                 hidden_states = layer(hidden_states, next_embeds, layout=layout, **kwargs)
             outputs.append(hidden_states)
         return outputs
-
-
-def ahead(t: Tensor, steps: int, seq_idx: Tensor | None, fill: float) -> Tensor:
-    """What lies `steps` positions ahead in the same document; `fill` where the document has ended.
-
-    Args:
-        t: (batch, seq, ...).
-        seq_idx: (batch, seq) document ids, or None.
-    """
-    length = t.shape[1]
-    shifted = F.pad(t[:, steps:].movedim(1, -1), (0, min(steps, length)), value=fill).movedim(-1, 1)
-    if seq_idx is None:
-        return shifted
-    ids = F.pad(seq_idx[:, steps:], (0, min(steps, length)), value=-1)
-    same = (ids == seq_idx).view(*seq_idx.shape, *(1,) * (t.dim() - 2))
-    return torch.where(same, shifted, torch.full((), fill, dtype=t.dtype, device=t.device))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
@@ -66,13 +67,40 @@ class TokenLayout:
         """The same layout on another device; accelerate calls this where a model is spread over several."""
         return TokenLayout(*(_moved(getattr(self, field.name), device, non_blocking) for field in fields(self)))
 
+    def compact_documents(self) -> Tensor | None:
+        """`seq_idx` with real tokens first; padding joins the row's last document, so it ends no document."""
+        if self.seq_idx is None or self.padding is None:
+            return self.seq_idx
+        lengths, ids = self.padding.lengths, self.padding.compact(self.seq_idx)
+        last = ids.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1))
+        slots = torch.arange(ids.shape[1], device=ids.device)
+        return torch.where(slots < lengths.unsqueeze(1), ids, last)
+
+    def ahead(self, t: Tensor, steps: int, fill: float) -> Tensor:
+        """What (batch, seq, ...) holds `steps` tokens ahead in the same row and document; `fill` where nothing is."""
+        batch, length = t.shape[:2]
+        compact = t if self.padding is None else self.padding.compact(t)
+        shifted = F.pad(compact[:, steps:].movedim(1, -1), (0, min(steps, length)), value=fill).movedim(-1, 1)
+        there = None
+        if self.seq_idx is not None:
+            ids = self.compact_documents()
+            there = F.pad(ids[:, steps:], (0, min(steps, length)), value=-1) == ids
+        if self.padding is not None:
+            slots = torch.arange(length, device=t.device)
+            token = slots + steps < self.padding.lengths.unsqueeze(1)
+            there = token if there is None else there & token
+        if there is not None:
+            there = there.view(batch, length, *(1,) * (t.dim() - 2))
+            shifted = torch.where(there, shifted, torch.full((), fill, dtype=t.dtype, device=t.device))
+        return shifted if self.padding is None else self.padding.restore(shifted)
+
 
 def describe_tokens(
     config: NemotronHConfig,
     inputs_embeds: Tensor,
     attention_mask: Tensor | dict[str, Tensor | None] | None,
     position_ids: Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     seq_idx: Tensor | None,
     cu_seq_lens: Tensor | Sequence[int] | None,
 ) -> TokenLayout:
@@ -90,7 +118,7 @@ def describe_tokens(
         ValueError: a mask of the wrong shape, boundaries that do not add up, or packing on top of a filled cache.
     """
     batch, length = inputs_embeds.shape[:2]
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past = 0 if cache is None else cache.get_seq_length()
     tracing = torch.compiler.is_compiling()
 
     causal_mask: Tensor | None = None
@@ -110,7 +138,7 @@ def describe_tokens(
     if seq_idx is not None:
         if isinstance(past, Tensor) or past > 0:
             raise ValueError(
-                f"Packed documents cannot continue a cache that already holds {past} tokens: pass `past_key_values=None`."
+                f"Packed documents cannot continue a cache that already holds {past} tokens: pass `cache=None`."
             )
         large = batch * length * length > _MASK_BUDGET
         if large and not tracing and config._attn_implementation == "sdpa" and token_mask is None:
@@ -123,7 +151,7 @@ def describe_tokens(
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask if isinstance(attention_mask, Tensor) else token_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             and_mask_function=None if seq_idx is None else _same_document(seq_idx),
         )
 
@@ -163,6 +191,7 @@ def _document_ids(
             ends = bounds.tolist()
             if (
                 batch != 1
+                or not ends
                 or ends[0] != 0
                 or ends[-1] != length
                 or any(a > b for a, b in zip(ends, ends[1:], strict=False))
@@ -173,17 +202,30 @@ def _document_ids(
                 )
         ids = torch.bucketize(torch.arange(length, device=device), bounds[1:].contiguous(), right=True).unsqueeze(0)
     elif position_ids is not None and position_ids.dim() == 2 and isinstance(past, int) and past == 0 and length > 1:
-        steps = position_ids[:, 1:] - position_ids[:, :-1]
-        begins = steps != 1
+        begins = position_ids[:, 1:] != position_ids[:, :-1] + 1
         if token_mask is not None:
-            # Positions of padding say nothing: a document begins only between two tokens.
-            begins = begins & (token_mask[:, 1:] != 0) & (token_mask[:, :-1] != 0)
+            begins = begins & _restarts_after_padding(position_ids, token_mask)
         ids = torch.cat([begins.new_zeros(begins.shape[0], 1), begins], dim=1).cumsum(1).expand(batch, -1)
     else:
         return None
     if not tracing and bool((ids == ids[:, :1]).all()):
         return None
     return ids
+
+
+def _restarts_after_padding(position_ids: Tensor, token_mask: Tensor) -> Tensor:
+    """(batch, seq - 1): whether a token that is no row's first may begin a document, given that its position jumps.
+
+    Positions of padding say nothing. Next to another token every jump counts; behind padding only a step back does,
+    for a jump forward may just have counted the padding.
+    """
+    real = token_mask != 0
+    slots = torch.arange(token_mask.shape[1], device=token_mask.device)
+    previous = torch.where(real, slots, -1).cummax(1).values[:, :-1]
+    there = real[:, 1:] & (previous >= 0)
+    positions = position_ids.expand(token_mask.shape[0], -1)
+    back = positions[:, 1:] <= positions.gather(1, previous.clamp(min=0))
+    return there & (real[:, :-1] | back)
 
 
 def _document_spans(seq_idx: Tensor) -> list[tuple[int, int, int]]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..modeling.mtp import ahead
+from ..modeling.token_layout import TokenLayout
 from .load_balancing import RouterLoads
 from .packing import PackedWindows
 
@@ -59,9 +59,10 @@ def evaluate_windows(model: nn.Module, windows: PackedWindows, batch_size: int =
     for batch in tqdm(DataLoader(windows, batch_size=batch_size), desc="held-out", disable=not progress):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
+        layout = TokenLayout(attention_mask=None, padding=None, seq_idx=batch["seq_idx"], documents=None)
         out = model(**batch, use_cache=False, output_mtp_logits=depths > 0)
         for step, logits in enumerate((out.logits, *(out.mtp_logits or ()))):
-            targets = ahead(labels, step + 1, batch["seq_idx"], fill=-100).reshape(-1)
+            targets = layout.ahead(labels, step + 1, fill=-100).reshape(-1)
             logits = logits.reshape(targets.shape[0], -1).float()
             nats[step] += float(nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"))
             right[step] += int((logits.argmax(-1) == targets).sum())

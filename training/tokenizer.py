@@ -2,14 +2,10 @@
 
 Ids 0 to 19 are the release's control tokens and reserved places, ids from 20 are ordinary. Every unicode string comes
 back from encode and decode unchanged: there is no normalizer, no added space and no clean-up.
-
-    python -m nemotron_super.training.tokenizer --chat-template model_card/chat_template.jinja \\
-        --output model_card/nemotron-h-tiny --data-folder data
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .corpus import DEBIAN_SOURCES, TINY_CORPUS_MANIFEST, Corpus, Document, load_corpus
+from .corpus import Corpus, Document
 
 BOS_ID, EOS_ID = 1, 2
 FIRST_ORDINARY_ID = 20
@@ -156,25 +152,3 @@ def write_encoded_corpus(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, fol
         counts[split] = {"documents": len(documents), "tokens": len(ids), "bytes": size}
     (folder / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
     return counts
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train on the verified corpus, save the tokenizer and, if asked, the encoded corpus."""
-    parser = argparse.ArgumentParser(description="Train the tokenizer of nemotron-h-tiny.")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the tokenizer's files")
-    parser.add_argument("--chat-template", type=Path, required=True, help="Jinja file to save with it")
-    parser.add_argument("--manifest", type=Path, default=TINY_CORPUS_MANIFEST, help="manifest the corpus must match")
-    parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--data-folder", type=Path, help="also write the encoded corpus here")
-    options = parser.parse_args(arguments)
-
-    corpus = load_corpus(options.manifest, DEBIAN_SOURCES)
-    template = options.chat_template.read_text(encoding="utf-8")
-    tokenizer = train_tokenizer((document.text for document in corpus.train), options.vocab_size, template)
-    save_tokenizer(tokenizer, options.output)
-    if options.data_folder is not None:
-        print(json.dumps(write_encoded_corpus(tokenizer, corpus, options.data_folder), indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -64,7 +64,7 @@ def test_inference(model, kind):
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
     for one, other in zip(found.mtp_logits, expected.mtp_logits, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    assert found.past_key_values.get_seq_length() == 11
+    assert found.cache.get_seq_length() == 11
 
 
 @pytest.mark.parametrize("kind", ["whole", "padded", "packed"])
@@ -137,9 +137,9 @@ def test_decoding(model, ids, kind, graphs):
     compiled = torch.compile(model.forward, fullgraph=True, backend=counter)
     with torch.no_grad():
         expected = model(ids).logits
-        model(ids[:, :4], past_key_values=cache, use_cache=True)
+        model(ids[:, :4], cache=cache, use_cache=True)
         for position in range(4, ids.shape[1]):
-            found = compiled(ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits
+            found = compiled(ids[:, position : position + 1], cache=cache, use_cache=True).logits
             torch.testing.assert_close(found[:, 0], expected[:, position], rtol=1e-4, atol=1e-4)
     assert counter.frame_count <= graphs
 
@@ -211,8 +211,8 @@ def test_transformers_exporter_with_cache(model, ids, kind):
     static = kind == "static"
     cache = StaticCache(config=model.config, max_cache_len=32) if static else HybridCache(model.config)
     with torch.no_grad():
-        model(ids[:, :4], past_key_values=cache, use_cache=True)
-        inputs = {"input_ids": ids[:, 4:5], "past_key_values": cache, "use_cache": True}
+        model(ids[:, :4], cache=cache, use_cache=True)
+        inputs = {"input_ids": ids[:, 4:5], "cache": cache, "use_cache": True}
         exported = DynamoExporter().export(model, inputs, config=DynamoConfig())
         torch.testing.assert_close(exported(**inputs).logits[:, 0], model(ids).logits[:, 4], rtol=1e-4, atol=1e-4)
 

@@ -151,8 +151,8 @@ def test_return_dict(tiny_model, ids):
     assert len(found.hidden_states[0]) == model.config.num_hidden_layers + 1
     assert found.hidden_states[0][0].shape == (2, length, 32) and found.hidden_states[1][0].shape == (2, 1, 32)
     assert [a.shape for a in found.attentions[1]] == [(2, 4, 1, length + 1)]
-    assert isinstance(found.past_key_values, HybridCache)
-    assert found.past_key_values.get_seq_length() == length + steps - 1
+    assert isinstance(found.cache, HybridCache)
+    assert found.cache.get_seq_length() == length + steps - 1
     with torch.no_grad():
         once = model(found.sequences).logits[:, length - 1 : -1]
     torch.testing.assert_close(torch.stack(found.logits, dim=1), once, rtol=1e-4, atol=1e-4)
@@ -168,12 +168,12 @@ def test_continuing_from_a_cache(model, ids, expected, make, new_tokens):
         "dynamic": lambda: DynamicCache(config=model.config),
         "static": lambda: StaticCache(config=model.config, max_cache_len=64),
     }[make]()
-    first = model.generate(ids, past_key_values=made, return_dict_in_generate=True, **GREEDY)
+    first = model.generate(ids, cache=made, return_dict_in_generate=True, **GREEDY)
     assert first.sequences.equal(expected)
     turn = torch.cat([first.sequences, ids[:, :new_tokens].flip(1)], dim=1)
-    cache = first.past_key_values
+    cache = first.cache
     assert made is None or cache is made
-    assert model.generate(turn, past_key_values=cache, **GREEDY).equal(model.generate(turn, **GREEDY))
+    assert model.generate(turn, cache=cache, **GREEDY).equal(model.generate(turn, **GREEDY))
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,8 @@ def test_every_adapter_takes_effect(tiny_model, ids, modules, parameters):
     steps, cache = [], None
     with torch.no_grad():
         for position in range(ids.shape[1]):
-            output = model(input_ids=ids[:1, position : position + 1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=ids[:1, position : position + 1], cache=cache, use_cache=True)
+            cache = output.cache
             steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), after[0, :1], rtol=1e-4, atol=1e-4)
 

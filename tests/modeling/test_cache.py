@@ -22,9 +22,9 @@ def in_calls(model, ids, cuts, mask=None, cache=None):
     logits, start = [], 0
     for end in [*cuts, ids.shape[1]]:
         here = None if mask is None else mask[:, :end]
-        out = model(ids[:, start:end], attention_mask=here, past_key_values=cache, use_cache=True)
+        out = model(ids[:, start:end], attention_mask=here, cache=cache, use_cache=True)
         logits.append(out.logits)
-        cache, start = out.past_key_values, end
+        cache, start = out.cache, end
     return torch.cat(logits, 1), cache
 
 
@@ -137,11 +137,11 @@ def test_selecting_repeating_and_reordering_rows(pattern, make_model, relative):
 
     def continued(change, rows):
         cache = HybridCache(model.config)
-        model(ids[:, :9], past_key_values=cache, use_cache=True)
+        model(ids[:, :9], cache=cache, use_cache=True)
         change(cache)
         for cuts in ([], range(1, 5)):
             copy = HybridCache(model.config)
-            model(ids[:, :9], past_key_values=copy, use_cache=True)
+            model(ids[:, :9], cache=copy, use_cache=True)
             change(copy)
             logits, _ = in_calls(model, ids[rows][:, 9:], cuts, cache=copy)
             assert relative(logits, whole[rows][:, 9:]) < TIGHT
@@ -177,7 +177,7 @@ def test_transformers_cache_works(pattern, make_model, relative):
     if "*" not in pattern:
         # transformers' cache has no length without attention layers; ours has, and `use_cache` makes ours.
         with pytest.raises(ValueError, match="only contain LinearAttention layers"):
-            model(ids, past_key_values=cache)
+            model(ids, cache=cache)
         return
     logits, _ = in_calls(model, ids, [5, 6, 7], cache=cache)
     assert relative(logits, expected) < TIGHT
@@ -223,13 +223,13 @@ def test_generate_continues_a_given_cache(make_cache, make_model):
     expected = greedy(model, ids, mask)
     cache = make_cache(model.config)
     with torch.no_grad():
-        model(ids[:, :6], past_key_values=cache, use_cache=True)
-    assert greedy(model, ids, mask, past_key_values=cache).tolist() == expected.tolist()
+        model(ids[:, :6], cache=cache, use_cache=True)
+    assert greedy(model, ids, mask, cache=cache).tolist() == expected.tolist()
 
 
 def fill(model, batch=2):
     with torch.no_grad():
-        return model(torch.zeros(batch, 5, dtype=torch.long), use_cache=True).past_key_values
+        return model(torch.zeros(batch, 5, dtype=torch.long), use_cache=True).cache
 
 
 REFUSED = {
@@ -261,8 +261,8 @@ def test_a_cache_of_another_configuration_is_refused(case, filled, make_model):
         cache = HybridCache(other.config)
     else:
         return  # an empty cache of the same layers fits
-    with pytest.raises(ValueError, match="past_key_values"):
-        model(torch.zeros(2, 1, dtype=torch.long), past_key_values=cache)
+    with pytest.raises(ValueError, match="cache"):
+        model(torch.zeros(2, 1, dtype=torch.long), cache=cache)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -270,10 +270,10 @@ def test_a_cache_of_another_configuration_is_refused(case, filled, make_model):
 def test_a_cache_of_another_batch_size_is_refused(pattern, length, make_model):
     model = make_model(pattern)
     cache = fill(model, batch=2)
-    with pytest.raises(ValueError, match=r"past_key_values.*2.*3"):
-        model(torch.zeros(3, length, dtype=torch.long), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"cache.*2.*3"):
+        model(torch.zeros(3, length, dtype=torch.long), cache=cache)
 
 
 def test_a_cache_made_without_a_configuration_is_refused(make_model):
-    with pytest.raises(ValueError, match="past_key_values"):
-        make_model()(torch.zeros(1, 3, dtype=torch.long), past_key_values=DynamicCache(), use_cache=True)
+    with pytest.raises(ValueError, match="cache"):
+        make_model()(torch.zeros(1, 3, dtype=torch.long), cache=DynamicCache(), use_cache=True)

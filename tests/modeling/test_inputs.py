@@ -63,9 +63,9 @@ PACKED = {
 @pytest.mark.parametrize("how", PACKED)
 def test_packed_documents_on_a_filled_cache(how, model):
     cache = HybridCache(model.config)
-    model.eval()(ONE, past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="past_key_values"):
-        model(ONE, past_key_values=cache, **PACKED[how])
+    model.eval()(ONE, cache=cache, use_cache=True)
+    with pytest.raises(ValueError, match="cache"):
+        model(ONE, cache=cache, **PACKED[how])
 
 
 @pytest.mark.parametrize("length", [1, 4])
@@ -74,22 +74,22 @@ def test_a_packed_cache_is_not_continued(how, length, model, make_model):
     """Attention would see every document's keys while the Mamba-2 state holds the last document's only."""
     arguments = {**PACKED, "position_ids": {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]])}}[how]
     out = model.eval()(ONE, use_cache=True, **arguments)
-    with pytest.raises(ValueError, match="past_key_values"):
-        model(ONE[:, :length], past_key_values=out.past_key_values, use_cache=True)
+    with pytest.raises(ValueError, match="cache"):
+        model(ONE[:, :length], cache=out.cache, use_cache=True)
 
 
 def test_mask_must_cover_the_cache(model):
     cache = HybridCache(model.config)
-    model.eval()(IDS, past_key_values=cache, use_cache=True)
+    model.eval()(IDS, cache=cache, use_cache=True)
     with pytest.raises(ValueError, match=r"attention_mask.*\(2, 7\)"):
-        model(IDS[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
+        model(IDS[:, :1], attention_mask=torch.ones(2, 1), cache=cache)
 
 
 def test_mtp_on_a_filled_cache(mtp_model):
     cache = HybridCache(mtp_model.config)
-    mtp_model.eval()(IDS, past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="past_key_values"):
-        mtp_model(IDS, past_key_values=cache, output_mtp_logits=True)
+    mtp_model.eval()(IDS, cache=cache, use_cache=True)
+    with pytest.raises(ValueError, match="cache"):
+        mtp_model(IDS, cache=cache, output_mtp_logits=True)
 
 
 @pytest.mark.parametrize("depths", [0, -1])
@@ -101,11 +101,11 @@ def test_mtp_depths(depths, mtp_model):
 def test_a_refused_call_leaves_the_cache_alone(model):
     cache = HybridCache(model.config)
     with torch.no_grad():
-        model.eval()(IDS, past_key_values=cache, use_cache=True)
+        model.eval()(IDS, cache=cache, use_cache=True)
         with pytest.raises(ValueError):
-            model(IDS + 50, past_key_values=cache, use_cache=True)
+            model(IDS + 50, cache=cache, use_cache=True)
         assert cache.get_seq_length() == 6
-        found = model(IDS[:, :1], past_key_values=cache, use_cache=True).logits
+        found = model(IDS[:, :1], cache=cache, use_cache=True).logits
         expected = model(torch.cat([IDS, IDS[:, :1]], 1), use_cache=False).logits[:, -1:]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

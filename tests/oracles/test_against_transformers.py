@@ -212,7 +212,7 @@ def test_prefill_and_decode(whose, shake, relative):
         out = model(ids[:, :1], use_cache=True)
         steps = [out.logits]
         for t in range(1, ids.shape[1]):
-            out = model(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = model(ids[:, t : t + 1], cache=out.cache, use_cache=True)
             steps.append(out.logits)
     error = relative(torch.cat(steps, 1), whole)
     if whose == "ours":

@@ -1,10 +1,13 @@
 """Trains `model_card/nemotron-h-tiny` from scratch: `python -m nemotron_super.training.recipes.nemotron_h_tiny`.
 
-One command from source text to checkpoint: gather the corpus (`training/corpus.py`), encode it, train with transformers'
-`Trainer` and the release's objective (next token, MTP at two depths, router bias by the sign rule), evaluate on held-out
-documents, save. On a GPU it takes minutes; on a CPU, days: use `--steps` to try it.
+One command from source text to checkpoint: gather and verify the corpus (`training/corpus.py`), train the tokenizer on
+it, encode it, train with transformers' `Trainer` and the release's objective (next token, MTP at two depths, router
+bias by the sign rule), evaluate on held-out documents, save. On a GPU it takes minutes; on a CPU, days: use `--steps` to
+try it.
 
-Writes to `--output`: the checkpoint in the published layout, `training_log.json` (the curves) and `evaluation.json`.
+Writes to `--output`: the checkpoint in the published layout with its tokenizer, `training_log.json` (the curves),
+`evaluation.json` and the curves as pictures. `--data` keeps what was encoded: prepare it where the Debian packages are,
+train where the GPU is.
 """
 
 from __future__ import annotations
@@ -12,17 +15,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from ... import NemotronHForCausalLM, preset
+from ...configuration.presets import preset
+from ...modeling.modeling_nemotron_h import NemotronHForCausalLM
+from ..corpus import load_corpus
+from ..curves import draw_curves
 from ..evaluation import evaluate_windows
 from ..load_balancing import RouterBiasCallback
 from ..packing import PackedWindows, ShiftingEpochs
+from ..tokenizer import save_tokenizer, train_tokenizer, write_encoded_corpus
+
+CHAT_TEMPLATE = Path(__file__).parents[2] / "model_card" / "chat_template.jinja"
 
 LENGTH = 1024
 WINDOWS_PER_STEP = 64
@@ -69,12 +79,23 @@ def optimizer_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
+def prepare(data: Path) -> None:
+    """Gather and verify the corpus, train the tokenizer and encode the corpus with it, all into `data`."""
+    corpus = load_corpus()
+    template = CHAT_TEMPLATE.read_text(encoding="utf-8")
+    tokenizer = train_tokenizer((document.text for document in corpus.train), chat_template=template)
+    save_tokenizer(tokenizer, data)
+    write_encoded_corpus(tokenizer, corpus, data)
+
+
 def train(data: Path, output: Path, steps: int, windows_per_step: int, seed: int) -> None:
     """Train on `data/train.npy`, evaluate on `data/heldout.npy` (uint16 token streams), write to `output`."""
+    output.mkdir(parents=True, exist_ok=True)
     set_seed(seed)
     stream, heldout = (np.load(data / name, mmap_mode="r") for name in ("train.npy", "heldout.npy"))
-    counts = json.loads((data / "counts.json").read_text())
-    bytes_per_token = counts["heldout"]["bytes"] / counts["heldout"]["predicted_tokens"]
+    counts = json.loads((data / "counts.json").read_text(encoding="utf-8"))["heldout"]
+    # Every token is predicted but the one that begins a document.
+    bytes_per_token = counts["bytes"] / (counts["tokens"] - counts["documents"])
 
     model = NemotronHForCausalLM(preset("tiny"))
     gpu = torch.cuda.is_available()
@@ -108,12 +129,12 @@ def train(data: Path, output: Path, steps: int, windows_per_step: int, seed: int
     result = trainer.train()
 
     model.to(torch.bfloat16)
+    model.generation_config.eos_token_id = [2, 11]  # the end of a text, and of a turn in a chat
     model.save_pretrained(output)
+    save_tokenizer(AutoTokenizer.from_pretrained(data), output)
     saved = NemotronHForCausalLM.from_pretrained(output, dtype=torch.float32).to(trainer.args.device)
     final = evaluate_windows(saved, PackedWindows(heldout, LENGTH), batch_size=16)
-    (output / "training_log.json").write_text(
-        json.dumps({"train": trainer.state.log_history, "heldout": curve.curve}, indent=1)
-    )
+    log = {"train": trainer.state.log_history, "heldout": curve.curve}
     summary = asdict(final) | {
         "bits_per_byte": final.bits_per_byte(bytes_per_token),
         "steps": steps,
@@ -123,20 +144,27 @@ def train(data: Path, output: Path, steps: int, windows_per_step: int, seed: int
         "hardware": torch.cuda.get_device_name() if gpu else "CPU",
         "torch": torch.__version__,
     }
-    (output / "evaluation.json").write_text(json.dumps(summary, indent=1))
+    for name, content in (("training_log.json", log), ("evaluation.json", summary)):
+        (output / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draw_curves(log, summary, output)
     print(json.dumps({k: v for k, v in summary.items() if k != "expert_share"}, indent=1))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the recipe."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.npy, heldout.npy and counts.json")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint, the logs and the curves")
+    parser.add_argument("--data", type=Path, help="folder for the encoded corpus (default: data/ in the output folder)")
+    parser.add_argument("--prepare-only", action="store_true", help="stop when the corpus is encoded")
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--windows-per-step", type=int, default=WINDOWS_PER_STEP)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    train(arguments.data, arguments.output, arguments.steps, arguments.windows_per_step, arguments.seed)
+    options = parser.parse_args(argv)
+    data = options.data or options.output / "data"
+    if not (data / "counts.json").exists():  # written last
+        prepare(data)
+    if not options.prepare_only:
+        train(data, options.output, options.steps, options.windows_per_step, options.seed)
 
 
 if __name__ == "__main__":
