@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     one = commands.add_parser("generate", help="continue a prompt, streaming", description=generate.__doc__)
     one.add_argument("prompt")
-    one.add_argument("--model", default=str(TINY), help="folder or name of a checkpoint (default: the bundled tiny one)")
+    one.add_argument(
+        "--model", default=str(TINY), help="folder or name of a checkpoint (default: the bundled tiny one)"
+    )
     one.add_argument("--max-new-tokens", type=int, default=120)
     one.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token each time")
     one.add_argument("--seed", type=int, default=0)

@@ -100,7 +100,7 @@ class NemotronHConfig(PreTrainedConfig):
         "layers.*.mixer.experts.down_proj": "rowwise",
         "layers.*.mixer.experts": "moe_tp_experts",
     }
-    base_model_ep_plan = {  # type: ignore[dict-item]  # noqa: RUF012
+    base_model_ep_plan = {  # noqa: RUF012
         "layers.*.mixer.experts.up_proj": "grouped_gemm",
         "layers.*.mixer.experts.down_proj": "grouped_gemm",
         "layers.*.mixer.experts": "ep_dispatch_experts",

@@ -44,9 +44,7 @@ class NemotronHBlock(GradientCheckpointingLayer):
         self.norm = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = make_mixer(config, kind, layer_idx)
 
-    def forward(
-        self, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None, **kwargs
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None, **kwargs) -> Tensor:
         return mix_residual(self, hidden_states, layout, cache, **kwargs)
 
 

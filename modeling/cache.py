@@ -108,17 +108,15 @@ def check_cache(cache: Cache, config: NemotronHConfig, batch: int) -> None:
                 f"`cache` holds a {type(layer).__name__} for layer {index}, which is of kind {kind!r}: it was made for "
                 "another configuration. Make one with `HybridCache(model.config)`."
             )
-        states: list[tuple[torch.Tensor | None, tuple[int, ...], tuple[int, ...]]] = []
+        states: list[tuple] = []
         if kind == "linear_attention":
-            conv, ssm = layer.conv_states[0], layer.recurrent_states[0]
-            states = [(s, e, () if s is None else tuple(s.shape[1:])) for s, e in ((conv, conv_shape), (ssm, ssm_shape))]
+            states = [(layer.conv_states[0], (1, 2), conv_shape), (layer.recurrent_states[0], (1, 2, 3), ssm_shape)]
         elif kind == "full_attention":
-            keys = getattr(layer, "keys", None)
-            if keys is not None and keys.dim() == 4:  # it begins as an empty vector
-                states = [(keys, kv_shape, (keys.shape[1], keys.shape[3]))]
-        for state, expected, found in states:
-            if state is None:
+            states = [(getattr(layer, "keys", None), (1, 3), kv_shape)]
+        for state, dims, expected in states:
+            if state is None or state.dim() == 1:  # nothing yet
                 continue
+            found = tuple(state.shape[dim] for dim in dims)
             if found != expected:
                 raise ValueError(
                     f"`cache` holds a state of shape {found} for layer {index}, this model needs {expected}: it was "

@@ -239,9 +239,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
         if isinstance(cache, HybridCache):
             cache.note_tokens(inputs_embeds.shape[1], packed=layout.seq_idx is not None)
-        return MoeModelOutputWithPast(
-            last_hidden_state=hidden_states, cache=cache if use_cache else None
-        )
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, cache=cache if use_cache else None)
 
     def prepare_inputs(
         self,
@@ -351,9 +349,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                 f"`labels` has shape {tuple(labels.shape)} but the inputs have shape {tuple(inputs_embeds.shape[:2])}."
             )
         items = kwargs.pop("num_items_in_batch", None)
-        outputs = self.model(
-            inputs_embeds=inputs_embeds, cache=cache, use_cache=use_cache, layout=layout, **kwargs
-        )
+        outputs = self.model(inputs_embeds=inputs_embeds, cache=cache, use_cache=use_cache, layout=layout, **kwargs)
         hidden_states = outputs.last_hidden_state
         logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         mtp_logits: tuple[Tensor, ...] | None = None

@@ -82,8 +82,8 @@ class TokenLayout:
         compact = t if self.padding is None else self.padding.compact(t)
         shifted = F.pad(compact[:, steps:].movedim(1, -1), (0, min(steps, length)), value=fill).movedim(-1, 1)
         there = None
-        if self.seq_idx is not None:
-            ids = self.compact_documents()
+        ids = self.compact_documents()
+        if ids is not None:
             there = F.pad(ids[:, steps:], (0, min(steps, length)), value=-1) == ids
         if self.padding is not None:
             slots = torch.arange(length, device=t.device)
@@ -189,13 +189,7 @@ def _document_ids(
         bounds = torch.as_tensor(cu_seq_lens, device=device)
         if not tracing:
             ends = bounds.tolist()
-            if (
-                batch != 1
-                or not ends
-                or ends[0] != 0
-                or ends[-1] != length
-                or any(a > b for a, b in zip(ends, ends[1:], strict=False))
-            ):
+            if batch != 1 or not ends or ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
                 raise ValueError(
                     f"`cu_seq_lens_q` is {ends}: it must rise from 0 to the sequence length ({length}), and the batch "
                     f"must be one row (it has {batch})."

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .dispatch import as_operator
 
-
 # Positions per pass of the backward; its temporaries then stay in cache whatever the length.
 _BLOCK = 256
 

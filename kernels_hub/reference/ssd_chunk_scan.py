@@ -228,21 +228,25 @@ def _backward(
 
         # Inside the chunk. G = (C B^T) * decay; y = G u + from_start (C H^T).
         scores = (step.C @ step.B.transpose(-1, -2)).unsqueeze(3)
-        d_scores = (dy @ step.u.transpose(-1, -2)).mul_(step.decay).sum(3)
-        out = _inner_output(step, scores)
-        out += _state_output(step, incoming)
+        pairs = (dy @ step.u.transpose(-1, -2)).mul_(step.decay)
+        d_scores = pairs.sum(3)
+        pairs.mul_(scores)  # dG * G
         du_state = (step.B @ leaving.transpose(-1, -2)).view(batch, chunks, groups, chunk, per_group, head_dim)
         du_state = du_state.transpose(-2, -3) * step.to_end.unsqueeze(-1)
-        du = step.decay.transpose(-1, -2) @ dy + du_state
+        du = step.decay.mul_(scores).transpose(-1, -2) @ dy + du_state
         wide = (batch, chunks, groups, chunk, per_group * head_dim)
         d_C = d_scores @ step.B + dy_from_start.transpose(-2, -3).reshape(wide) @ incoming
         u_to_end = (step.u * step.to_end.unsqueeze(-1)).transpose(-2, -3).reshape(wide)
         d_B = d_scores.transpose(-1, -2) @ step.C + u_to_end @ leaving
 
-        # Log decays. Row sums of dG * G are dy . y; column sums, with the path to the end, are u . du.
-        d_log = (dy * out).sum(-1) - (step.u * du).sum(-1)
-        d_log[..., -1] += (step.u * du_state).sum((-1, -2)) + d_across * step.across
-        d_log = d_log.flip(-1).cumsum(-1).flip(-1)  # gradient of dt_k A, seen by every later position of the chunk
+        # Gradient of dt_k A: every path that crosses from before k to k or after. Such sums are written as differences
+        # of row and column sums elsewhere, which cancel badly in float32 where a position mostly sees itself.
+        before = torch.ones(chunk, chunk, dtype=work, device=x.device).triu(1)
+        d_log = (pairs @ before).tril_().sum(-2)
+        d_log += (dy * _state_output(step, incoming)).sum(-1).flip(-1).cumsum(-1).flip(-1)
+        to_end = (step.u * du_state).sum(-1)
+        d_log[..., 1:] += to_end[..., :-1].cumsum(-1)
+        d_log += (d_across * step.across).unsqueeze(-1)
         d_log = d_log.permute(0, 1, 4, 2, 3).reshape(batch, end - start, heads)
 
         du_s = _to_sequence(du)

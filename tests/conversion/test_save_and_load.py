@@ -275,6 +275,11 @@ def test_logits_survive(published, tmp_path):
     assert second.logits.equal(first.logits) and second.mtp_logits[1].equal(first.mtp_logits[1])
 
 
+def rounded_routers(tensors):
+    """transformers keeps routers' weights in float32; published files have them in bfloat16."""
+    return {name: t.bfloat16() if name.endswith("gate.weight") else t for name, t in tensors.items()}
+
+
 def test_transformers_reads_what_we_save(published, by_published_name, same_tensors):
     """All but MTP, which transformers' class does not have."""
     theirs: Upstream
@@ -283,7 +288,7 @@ def test_transformers_reads_what_we_save(published, by_published_name, same_tens
     assert type(theirs) is Upstream
     assert not info["missing_keys"] and not info["mismatched_keys"]
     expected = {name: tensor for name, tensor in weights(published).items() if not name.startswith("mtp.")}
-    same_tensors(by_published_name(theirs), expected)
+    same_tensors(rounded_routers(by_published_name(theirs)), expected)
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["per expert", "fused"])
@@ -293,7 +298,7 @@ def test_we_read_what_transformers_saves(original, published, by_published_name,
     theirs.save_pretrained(tmp_path, save_original_format=original)
     ours, info = NemotronHForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
-    same_tensors(by_published_name(ours), by_published_name(theirs))
+    same_tensors(by_published_name(ours), rounded_routers(by_published_name(theirs)))
 
 
 def test_subfolder(published, same_tensors, by_published_name, tmp_path):

@@ -30,8 +30,8 @@ WEATHER = {
 
 def render(*messages, tools=None, **switches) -> str:
     switches.setdefault("add_generation_prompt", False)
-    rendered, _ = render_jinja_template([list(messages)], tools=tools, chat_template=TEMPLATE, **switches)
-    return rendered[0]
+    rendered = render_jinja_template([list(messages)], tools=tools, chat_template=TEMPLATE, **switches)
+    return rendered[0][0]
 
 
 def system(content):
@@ -225,7 +225,8 @@ def test_assistant_mask_covers_what_the_model_writes(tokenizer):
         encoded = tokenizer.apply_chat_template(
             messages, return_assistant_tokens_mask=True, return_dict=True, **switches
         )
-        pieces, previous = [], 0
+        pieces: list[list[int]] = []
+        previous = 0
         for token, chosen in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
             if chosen and not previous:
                 pieces.append([])

@@ -139,7 +139,7 @@ def test_selecting_repeating_and_reordering_rows(pattern, make_model, relative):
         cache = HybridCache(model.config)
         model(ids[:, :9], cache=cache, use_cache=True)
         change(cache)
-        for cuts in ([], range(1, 5)):
+        for cuts in ((), range(1, 5)):
             copy = HybridCache(model.config)
             model(ids[:, :9], cache=copy, use_cache=True)
             change(copy)

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nemotron_super import NemotronHConfig, NemotronHForCausalLM
 from transformers.models.nemotron_h import configuration_nemotron_h as their_configuration
@@ -54,27 +54,46 @@ def run(model, **inputs):
     return {"logits": out.logits.detach(), "loss": out.loss.detach(), **grads}
 
 
-def assert_agree(ours, theirs, exact_run, relative):
+def with_rounded_weights(model, function):
+    """What `function` gives when every weight moves by at most one unit in its last place."""
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                sign = torch.randint(-1, 2, parameter.shape, generator=generator)
+                parameter.copy_(weights[name] * (1 + sign * torch.finfo(torch.float32).eps))
+        yield function()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def assert_agree(ours, theirs, function, relative):
     """Every tensor within 1e-5 of theirs, or else, where float32 noise alone is larger, about as close to float64.
 
-    The noise is that of gradients which are differences of large sums. Two noises are compared there, so either may be
-    the smaller by chance: ours may be up to three times theirs.
+    The noise is that of gradients which are differences of large sums: how far theirs is from float64 when the weights
+    are off by one rounding. Ours may be up to three times that.
+
+    Returns whether all tensors were within 1e-5 of theirs.
     """
-    exact = None
-    for name, tensor in ours.items():
-        if relative(tensor, theirs[name]) <= TOLERANCE:
-            continue
-        event("compared with float64")
-        exact = exact or exact_run()
-        total = sum(float(t.square().sum()) for t in exact.values()) ** 0.5
+    found, expected = function(ours), function(theirs)
+    beyond = [name for name, tensor in found.items() if not relative(tensor, expected[name]) <= TOLERANCE]
+    if not beyond:
+        return True
+    with float64(ours):
+        exact = function(ours)
+    others = list(with_rounded_weights(theirs, lambda: function(theirs)))
+    total = sum(float(t.square().sum()) for t in exact.values()) ** 0.5
+    for name in beyond:
         if exact[name].norm() < 1e-12 * total:
             # Zero but for rounding, even in float64: a softmax over one position, a bias before a norm.
-            assert tensor.norm() < 1e-6 * total and theirs[name].norm() < 1e-6 * total, name
+            assert found[name].norm() < 1e-6 * total and expected[name].norm() < 1e-6 * total, name
             continue
-        error, their_error = relative(tensor, exact[name]), relative(theirs[name], exact[name])
-        assert error <= max(3 * their_error, TOLERANCE), (
-            f"{name}: ours {error:.1e}, theirs {their_error:.1e} off float64"
-        )
+        error = relative(found[name], exact[name])
+        noise = max(relative(other[name], exact[name]) for other in others)
+        assert error <= max(3 * noise, TOLERANCE), f"{name}: ours {error:.1e}, theirs up to {noise:.1e} off float64"
+    return False
 
 
 @st.composite
@@ -114,54 +133,58 @@ def fields(draw):
 lengths = st.sampled_from([1, 2, 3, 7, 8, 9, 17, 29])
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    fields=fields(),
-    batch=st.integers(1, 3),
-    length=lengths,
-    scale=st.sampled_from([3.0, 5.0]),
-    attn=st.sampled_from(["eager", "sdpa"]),
-    seed=st.integers(0, 2**16),
-)
-def test_logits_and_all_gradients(fields, batch, length, scale, attn, seed, shake, relative):
-    ours, theirs = make_pair(shake, fields, seed, scale, attn)
-    ids = torch.randint(0, 53, (batch, length))
-    labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
-    labels[:, -1] = ids[:, -1]  # something to predict, whatever was masked
-    # The sum of the losses: with one token there is nothing to predict, and a mean would divide by zero.
-    inputs = {"input_ids": ids, "labels": labels, "num_items_in_batch": 7}
+def test_logits_and_all_gradients(shake, relative):
+    within = []
 
-    def exact_run():
-        with float64(ours):
-            return run(ours, **inputs)
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(
+        fields=fields(),
+        batch=st.integers(1, 3),
+        length=lengths,
+        scale=st.sampled_from([3.0, 5.0]),
+        attn=st.sampled_from(["eager", "sdpa"]),
+        seed=st.integers(0, 2**16),
+    )
+    def check(fields, batch, length, scale, attn, seed):
+        ours, theirs = make_pair(shake, fields, seed, scale, attn)
+        ids = torch.randint(0, 53, (batch, length))
+        labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
+        labels[:, -1] = ids[:, -1]  # something to predict, whatever was masked
+        # The sum of the losses: with one token there is nothing to predict, and a mean would divide by zero.
+        inputs = {"input_ids": ids, "labels": labels, "num_items_in_batch": 7}
+        within.append(assert_agree(ours, theirs, lambda model: run(model, **inputs), relative))
 
-    assert_agree(run(ours, **inputs), run(theirs, **inputs), exact_run, relative)
+    check()
+    # The comparison with noise is for the few ill-conditioned gradients, not for the rest.
+    assert sum(within) >= 0.8 * len(within) and sum(within) >= 40, f"{sum(within)} of {len(within)} within {TOLERANCE}"
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(
-    fields=fields(),
-    length=st.integers(2, 20),
-    attn=st.sampled_from(["eager", "sdpa"]),
-    side=st.sampled_from(["left", "right"]),
-    data=st.data(),
-)
-def test_padded_logits_on_real_tokens(fields, length, attn, side, data, shake, relative):
-    ours, theirs = make_pair(shake, fields, attn=attn)
-    sizes = torch.tensor([length, *data.draw(st.lists(st.integers(1, length), min_size=2, max_size=2))])
-    slots = torch.arange(length)
-    mask = (slots < sizes[:, None]) if side == "right" else (slots >= length - sizes[:, None])
-    inputs = {"input_ids": torch.randint(0, 53, mask.shape), "attention_mask": mask.long(), "use_cache": False}
+def test_padded_logits_on_real_tokens(shake, relative):
+    within = []
 
-    def logits(model):
-        with torch.no_grad():
-            return {"logits": model(**inputs).logits[mask]}
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    @given(
+        fields=fields(),
+        length=st.integers(2, 20),
+        attn=st.sampled_from(["eager", "sdpa"]),
+        side=st.sampled_from(["left", "right"]),
+        data=st.data(),
+    )
+    def check(fields, length, attn, side, data):
+        ours, theirs = make_pair(shake, fields, attn=attn)
+        sizes = torch.tensor([length, *data.draw(st.lists(st.integers(1, length), min_size=2, max_size=2))])
+        slots = torch.arange(length)
+        mask = (slots < sizes[:, None]) if side == "right" else (slots >= length - sizes[:, None])
+        inputs = {"input_ids": torch.randint(0, 53, mask.shape), "attention_mask": mask.long(), "use_cache": False}
 
-    def exact_run():
-        with float64(ours):
-            return logits(ours)
+        def logits(model):
+            with torch.no_grad():
+                return {"logits": model(**inputs).logits[mask]}
 
-    assert_agree(logits(ours), logits(theirs), exact_run, relative)
+        within.append(assert_agree(ours, theirs, logits, relative))
+
+    check()
+    assert all(within)
 
 
 # Far below time_step_min (1e-3): softplus(-9) is 1.2e-4.

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nemotron_super.training.corpus import Corpus, CorpusSource, Document, build_manifest, gather_corpus
+from nemotron_super.training.corpus import Corpus, Document
 from nemotron_super.training.tokenizer import (
     RESERVED_TOKENS,
     encode_corpus,
     encode_plain_text,
-    main,
     save_tokenizer,
     train_tokenizer,
     write_encoded_corpus,
@@ -123,17 +122,3 @@ def test_written_counts_match_the_arrays(tokenizer, tmp_path):
     for split in ("train", "heldout"):
         ids = np.load(tmp_path / "new" / f"{split}.npy")
         assert ids.dtype == np.uint16 and len(ids) == counts[split]["tokens"]
-
-
-def test_command_trains_from_a_manifest(tmp_path, monkeypatch):
-    (tmp_path / "text").mkdir()
-    for i, text in enumerate(TEXTS):
-        (tmp_path / "text" / f"{i}.txt").write_text(text)
-    sources = (CorpusSource("text", tmp_path / "text", ".txt", "CC0-1.0", ()),)
-    build_manifest(gather_corpus(sources), sources).save(tmp_path / "manifest.json")
-    (tmp_path / "template.jinja").write_text(TEMPLATE)
-    monkeypatch.setattr("nemotron_super.training.tokenizer.DEBIAN_SOURCES", sources)
-    paths = {"output": "out", "chat-template": "template.jinja", "manifest": "manifest.json", "data-folder": "data"}
-    main([f"--{option}={tmp_path / path}" for option, path in paths.items()] + [f"--vocab-size={SIZE}"])
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)) == SIZE
-    assert np.load(tmp_path / "data" / "train.npy")[0] == 1

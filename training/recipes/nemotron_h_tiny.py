@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ...configuration.presets import preset
 from ...modeling.modeling_nemotron_h import NemotronHForCausalLM
@@ -43,8 +44,9 @@ WARMUP_STEPS = 200
 def learning_rate_scale(step: int, steps: int) -> float:
     """Warm-up, constant, then a decay of the last fifth by 1 - sqrt of its progress."""
     decay = max(1, steps // 5)
-    if step < WARMUP_STEPS:
-        return (step + 1) / WARMUP_STEPS
+    warmup = min(WARMUP_STEPS, decay)
+    if step < warmup:
+        return (step + 1) / warmup
     if step < steps - decay:
         return 1.0
     return max(0.0, 1 - math.sqrt((step - (steps - decay)) / decay))
@@ -129,9 +131,11 @@ def train(data: Path, output: Path, steps: int, windows_per_step: int, seed: int
     result = trainer.train()
 
     model.to(torch.bfloat16)
+    model.config.use_cache = True  # training turned it off
     model.generation_config.eos_token_id = [2, 11]  # the end of a text, and of a turn in a chat
     model.save_pretrained(output)
-    save_tokenizer(AutoTokenizer.from_pretrained(data), output)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(data / name, output)
     saved = NemotronHForCausalLM.from_pretrained(output, dtype=torch.float32).to(trainer.args.device)
     final = evaluate_windows(saved, PackedWindows(heldout, LENGTH), batch_size=16)
     log = {"train": trainer.state.log_history, "heldout": curve.curve}
@@ -153,8 +157,12 @@ def train(data: Path, output: Path, steps: int, windows_per_step: int, seed: int
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the recipe."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint, the logs and the curves")
-    parser.add_argument("--data", type=Path, help="folder for the encoded corpus (default: data/ in the output folder)")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for the checkpoint, the logs and the curves"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="folder for the encoded corpus (default: data/ in the output folder)"
+    )
     parser.add_argument("--prepare-only", action="store_true", help="stop when the corpus is encoded")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--windows-per-step", type=int, default=WINDOWS_PER_STEP)
