@@ -20,24 +20,31 @@ def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows of x, sorted by expert, times that expert's weight (experts, out, in). `ends`: (experts,) row offsets."""
     if x.is_cuda and x.dtype == torch.bfloat16:
         return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    # oneDNN builds a kernel for every new shape in lower precision, and experts get another number of tokens each time.
+    work = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(work)
     out = x.new_empty(x.shape[0], weight.shape[1])
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
-            torch.mm(x[start:end], weight[expert].t(), out=out[start:end])
+            torch.mm(x[start:end], weight[expert].to(work).t(), out=out[start:end])
         start = end
-    return out
+    return out.to(weight.dtype)
 
 
 def _grouped_outer(a: Tensor, b: Tensor, ends: Tensor, like: Tensor) -> Tensor:
     """Per expert a^T b over its rows: the gradient of its weight, zero for an expert without tokens."""
     if a.is_cuda and a.dtype == torch.bfloat16:
         return F.grouped_mm(a.t(), b, offs=ends)
-    out = torch.zeros_like(like)
+    work = torch.promote_types(a.dtype, torch.float32)
+    a, b = a.to(work), b.to(work)
+    out = torch.empty_like(like)
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
-            torch.mm(a[start:end].t(), b[start:end], out=out[expert])
+            out[expert] = a[start:end].t() @ b[start:end]
+        else:
+            out[expert].zero_()
         start = end
     return out
 
@@ -52,12 +59,13 @@ def _sorted_pairs(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
 def _few_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Decoding on a CPU: read each chosen expert where it lies, without sorting or copying weights."""
+    # In float32: a CPU's matrix-vector product in lower precision takes longer than the conversion saves.
+    work = torch.promote_types(x.dtype, torch.float32)
     out = []
-    for row, experts in enumerate(index.tolist()):
-        hidden = torch.stack([torch.mv(up[e], x[row]) for e in experts])
-        hidden = hidden.relu_().square_()
-        y = torch.stack([torch.mv(down[e], h) for e, h in zip(experts, hidden, strict=True)])
-        out.append(torch.mv(y.t().to(weights.dtype), weights[row]))
+    for token, experts, weight in zip(x.to(work), index.tolist(), weights, strict=True):
+        hidden = torch.stack([torch.mv(up[e].to(work), token) for e in experts]).relu_().square_()
+        y = torch.stack([torch.mv(down[e].to(work), h) for e, h in zip(experts, hidden, strict=True)])
+        out.append(torch.mv(y.t(), weight.to(work)))
     return torch.stack(out).to(x.dtype)
 
 

@@ -65,7 +65,7 @@ def test_it_is_trained(model, ids):
     for k, logits in enumerate((out.logits, *out.mtp_logits)):
         targets = ids[0, k + 1 :]
         accuracy = (logits[0, : len(targets)].argmax(-1) == targets).float().mean()
-        assert accuracy > 0.35, f"{k + 1} ahead"
+        assert accuracy > 0.2, f"{k + 1} ahead"
 
 
 def test_its_experts_are_all_used():
