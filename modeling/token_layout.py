@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
+from transformers.utils.generic import is_flash_attention_requested
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 
@@ -140,8 +141,15 @@ def describe_tokens(
             raise ValueError(
                 f"Packed documents cannot continue a cache that already holds {past} tokens: pass `cache=None`."
             )
-        large = batch * length * length > _MASK_BUDGET
-        if large and not tracing and config._attn_implementation == "sdpa" and token_mask is None:
+        large = batch * length * length > _MASK_BUDGET and config._attn_implementation == "sdpa"
+        # Flash attention takes no mask that could keep documents apart.
+        flash = is_flash_attention_requested(config)
+        if flash and (tracing or token_mask is not None):
+            raise ValueError(
+                f"Packed documents with {'torch.compile' if tracing else 'padding'} need "
+                f"`attn_implementation='sdpa'`, not {config._attn_implementation!r}."
+            )
+        if (large and not tracing and token_mask is None) or flash:
             documents = _document_spans(seq_idx)
         elif isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
             raise ValueError("Give either packed documents or a 4-D `attention_mask`, not both.")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nemotron_super.modeling import mamba2, token_layout
 from transformers import DataCollatorWithFlattening
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 pytestmark = pytest.mark.usefixtures("exact_floats")
 
@@ -315,3 +316,27 @@ def test_long_rows_with_padding(kind, long_model, relative):
             for row, document in enumerate(documents):
                 expected = long_model(document, use_cache=False).logits[0]
                 assert relative(logits[row][mask[row].bool()], expected) < TIGHT
+
+
+def causal_without_a_mask(module, query, key, value, attention_mask, scaling, **kwargs):
+    """What flash attention computes when it is given neither a mask nor document lengths."""
+    assert attention_mask is None
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+def test_packing_with_flash_attention(make_model, relative, monkeypatch):
+    """Documents stay apart there too, where no mask can say so; and what cannot be kept apart is refused."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", causal_without_a_mask)
+    model = make_model("ME*M-", exact=True, **MTP)
+    documents = random_documents([7, 4, 5])
+    logits, *_ = alone(model, documents)
+    model.config._attn_implementation = "flash_attention_2"
+    for how in HOW:
+        out = model(**pack(documents, how), use_cache=False)
+        assert relative(out.logits[0], torch.cat(logits)) < TIGHT
+    packed = pack(documents, "seq_idx")
+    with pytest.raises(ValueError, match=r"padding need.*sdpa"):
+        model(**packed, attention_mask=(packed["input_ids"] >= 0).long(), use_cache=False)
