@@ -23,6 +23,7 @@ from .modeling.modeling_nemotron_h import (
     NemotronHModel,
     NemotronHPreTrainedModel,
 )
+from .modeling.snapshot import load_snapshot, save_snapshot
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,7 +36,9 @@ __all__ = [
     "NemotronHForTokenClassification",
     "NemotronHModel",
     "NemotronHPreTrainedModel",
+    "load_snapshot",
     "preset",
+    "save_snapshot",
 ]
 
 AutoConfig.register("nemotron_h", NemotronHConfig, exist_ok=True)

@@ -45,8 +45,9 @@ class Mamba2CacheLayer(LinearAttentionLayer):
         if not self.is_conv_states_initialized[state_idx]:
             self.lazy_initialization(conv_states=conv_states, state_idx=state_idx, conv_kernel_size=conv_kernel_size)
         self.has_previous_state[state_idx] = True
-        self.conv_states[state_idx].copy_(conv_states)
-        return self.conv_states[state_idx]
+        stored = self.conv_states[state_idx]
+        assert stored is not None
+        return stored.copy_(conv_states)
 
     def keep_pending(self, inputs: torch.Tensor | None) -> None:
         """Called by the mixer: `inputs` are the newest tokens, not yet part of the states."""

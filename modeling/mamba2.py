@@ -123,7 +123,7 @@ class NemotronHMamba2Mixer(nn.Module):
         parts.append(self.out_proj(self.norm(y, z)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _store(self, cache: Cache, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor]:
+    def _store(self, cache: Cache, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor | None, Tensor | None]:
         cache.update_conv_state(conv_state, self.layer_idx, conv_kernel_size=self.conv_kernel)
         cache.update_recurrent_state(ssm_state.to(self.cache_dtype), self.layer_idx)
         return cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
@@ -156,6 +156,7 @@ class NemotronHMamba2Mixer(nn.Module):
                 out[:, start:end], conv_state, ssm_state = self._mix(
                     hidden_states[:, start:end], conv_state, ssm_state, ids, here
                 )
+        assert conv_state is not None and ssm_state is not None
         return (out if padding is None else padding.restore(out)), conv_state, ssm_state
 
     def _mix(

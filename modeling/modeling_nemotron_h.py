@@ -26,6 +26,7 @@ from ..configuration.configuration_nemotron_h import NemotronHConfig
 from .attention import NemotronHAttention
 from .block import NemotronHBlock
 from .cache import HybridCache, check_cache
+from .generation import check_mtp_options, generate_with_mtp
 from .latent_moe import NemotronHExperts, NemotronHTopkRouter
 from .mamba2 import NemotronHMamba2Mixer
 from .mtp import NemotronHMTP
@@ -54,7 +55,6 @@ class NemotronHPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
-    _is_stateful = True
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": NemotronHBlock,
         "attentions": OutputRecorder(NemotronHAttention, index=1),
@@ -394,6 +394,37 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             raise ValueError("`mtp_logits` need the whole sequence in one call: pass `cache=None`.")
         return self.config.mtp_num_depths if depths is None else depths
 
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        # transformers' defaults for drafts (20 tokens, a threshold) are made for another model as the drafter.
+        given = (
+            kwargs,
+            vars(generation_config) if generation_config is not None else {},
+            vars(self.generation_config),
+        )
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if prepared.use_mtp:
+            if all(source.get("num_assistant_tokens") is None for source in given):
+                prepared.num_assistant_tokens = self.config.mtp_num_depths
+            if all(source.get("assistant_confidence_threshold") is None for source in given):
+                prepared.assistant_confidence_threshold = 0.0
+        return prepared, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        if generation_config.use_mtp:
+            check_mtp_options(self, generation_config, generation_mode_kwargs.get("assistant_model"))
+        else:
+            super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _assisted_decoding(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, inputs_tensor=None, **kwargs
+    ):
+        # `generate` looks the decoding loop up by this name, for every kind of drafts.
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if not generation_config.use_mtp:
+            return super()._assisted_decoding(*arguments, inputs_tensor=inputs_tensor, **kwargs)
+        names = ("streamer", "cache", "attention_mask", "inputs_embeds")
+        return generate_with_mtp(self, *arguments, **{name: kwargs.get(name) for name in names})
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # generate() would make a plain DynamicCache, whose Mamba layers cannot select or repeat rows. And no cache of
         # transformers' knows its length without an attention layer.
@@ -403,6 +434,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         attends = "full_attention" in self.config.layers_block_type
         if given is None and made is not None and (type(made) is DynamicCache or not attends):
             model_kwargs["cache"] = HybridCache(self.config, offloading=made.offloading)
+            if generation_config.is_assistant:
+                model_kwargs["cache"].activate_past_recording()
 
     @staticmethod
     @_accept_old_cache_name
