@@ -437,6 +437,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:
                 model_kwargs["cache"].activate_past_recording()
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: transformers' continuous batching pages keys and values, and knows no recurrent state."""
+        raise ValueError(
+            "Continuous batching (`generate_batch`, `cache_implementation='paged'`, `serve --continuous-batching`) cannot hold "
+            "the recurrent state of Mamba-2 layers. Use `generate` with a left-padded batch, or serve without it."
+        )
+
     @staticmethod
     @_accept_old_cache_name
     def create_masks_for_generate(
