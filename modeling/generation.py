@@ -112,7 +112,11 @@ class Drafter:
 
 
 class _Rows:
-    """What each row has written so far: tokens, scores, and whether it is finished."""
+    """What each row has written so far: tokens, scores, and whether it is finished.
+
+    As in plain decoding, a finished row is padded where there is an end-of-sequence token; where there is none, it goes
+    on until the last row is finished.
+    """
 
     def __init__(self, input_ids: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList):
         self.ids = list(input_ids)
@@ -120,7 +124,16 @@ class _Rows:
         self.processors, self.criteria = processors, criteria
         self.scores: list[list[Tensor]] = [[] for _ in self.ids]
         self.logits: list[list[Tensor]] = [[] for _ in self.ids]
-        self.finished = [False] * len(self.ids)
+        self.ends: list[int | None] = [None] * len(self.ids)  # length at which a row was finished
+        self.pads = len(self.ids) == 1 or any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+
+    def open_rows(self) -> list[int]:
+        """Rows that still need tokens."""
+        if self.pads:
+            return [row for row, end in enumerate(self.ends) if end is None]
+        ends = [end for end in self.ends if end is not None]
+        length = max(ends) if len(ends) == len(self.ends) else None
+        return [row for row, ids in enumerate(self.ids) if length is None or len(ids) < length]
 
     def process(self, logits: Tensor, drafts: Tensor) -> Tensor:
         """Scores for (batch, n, vocab) logits, the i-th of which follows a row's tokens and its first i drafts."""
@@ -128,7 +141,7 @@ class _Rows:
             return logits
         scores = logits.clone()
         lengths = torch.tensor([len(ids) for ids in self.ids])
-        for length in lengths[~torch.tensor(self.finished)].unique().tolist():
+        for length in lengths[self.open_rows()].unique().tolist():
             # Processors take a batch of one length, and some know its size: rows of another length are stood in for.
             here = (lengths == length).tolist()
             any_row = here.index(True)
@@ -147,21 +160,24 @@ class _Rows:
                 self.scores[row].append(scores[i])
             if keep[1]:
                 self.logits[row].append(logits[i])
-            done = self.criteria(self.ids[row].unsqueeze(0), (scores[i].unsqueeze(0),) if keep[0] else None)
-            if bool(done.all()):
-                self.finished[row] = True
-                return i + 1
+            if self.ends[row] is None:
+                done = self.criteria(self.ids[row].unsqueeze(0), (scores[i].unsqueeze(0),) if keep[0] else None)
+                if bool(done.all()):
+                    self.ends[row] = len(self.ids[row])
+                    if self.pads:
+                        return i + 1
         return len(tokens)
 
     def sequences(self, pad_token: Tensor | None) -> Tensor:
         """(batch, longest) token ids; finished rows end in padding."""
-        longest = max(len(ids) for ids in self.ids)
+        longest = max(end for end in self.ends if end is not None)
         pad = 0 if pad_token is None else int(pad_token)
+        # A negative padding cuts.
         return torch.stack([torch.nn.functional.pad(ids, (0, longest - len(ids)), value=pad) for ids in self.ids])
 
     def stacked(self, what: list[list[Tensor]]) -> tuple[Tensor, ...]:
         """One (batch, vocab) tensor per generated position; zeros for rows that had finished before it."""
-        length = max(len(row) for row in what)
+        length = max(end for end in self.ends if end is not None) - self.prompt_length
         blank = next(row[0] for row in what if row).new_zeros(()) if length else None
         return tuple(
             torch.stack([row[i] if i < len(row) else blank.expand_as(what[0][0]) for row in what])
@@ -285,9 +301,8 @@ def generate_with_mtp(
 
     depth, schedule = config.num_assistant_tokens, config.num_assistant_tokens_schedule
     threshold = config.assistant_confidence_threshold
-    while not all(rows.finished):
+    while open_rows := rows.open_rows():
         # A step yields one token more than it drafts; none may lie behind `max_length`.
-        open_rows = [row for row in range(batch) if not rows.finished[row]]
         room = max(config.max_length - len(rows.ids[row]) for row in open_rows)
         drafts, q = _draft(drafter, rows, settled, following, there, min(depth, room - 1), config.do_sample, threshold)
         k = drafts.shape[1]
@@ -389,7 +404,7 @@ def _draft(
             break
         if threshold:
             confidence = scores.softmax(-1).gather(1, token).squeeze(1).tolist()
-            if all(c < threshold for c, finished in zip(confidence, rows.finished, strict=True) if not finished):
+            if all(confidence[row] < threshold for row in rows.open_rows()):
                 break
         hidden = drafter.feed_draft(hidden, token)
     return drafts, torch.stack(chances, dim=1) if chances else None

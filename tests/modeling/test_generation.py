@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nemotron_super.modeling.generation import MTPGenerateOutput
 from nemotron_super.modeling.speculative import accept_sampled
@@ -67,6 +67,10 @@ class Forbid(LogitsProcessor):
     stop=st.sampled_from([None, (5, 5), (17, 40)]),
     chunk=st.sampled_from([None, 1, 3]),
 )
+@example(  # without an end-of-sequence token a finished row goes on beside the others
+    pattern="M-M", mtp="*E", seed=10, rows=2, length=1, padding=False, depth=1, schedule="constant", threshold=None, new=3,
+    eos=None, processors={}, forbid=False, stop=(5, 5), chunk=None,
+)  # fmt: skip
 def test_greedy_is_the_same_text(
     pattern,
     mtp,
