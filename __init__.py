@@ -13,7 +13,9 @@ from transformers import (
 
 from .configuration.configuration_nemotron_h import NemotronHConfig
 from .configuration.presets import PRESETS, preset
-from .conversion import checkpoint_names
+from .conversion import checkpoint_names, quantizer
+from .conversion.quantization_config import NVFP4Config
+from .conversion.quantizer import quantize_model
 from .modeling.cache import HybridCache
 from .modeling.modeling_nemotron_h import (
     NemotronHCausalLMOutput,
@@ -23,11 +25,13 @@ from .modeling.modeling_nemotron_h import (
     NemotronHModel,
     NemotronHPreTrainedModel,
 )
+from .modeling.quantized_layers import simulate_activations
 
 __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "HybridCache",
+    "NVFP4Config",
     "NemotronHCausalLMOutput",
     "NemotronHConfig",
     "NemotronHForCausalLM",
@@ -36,6 +40,8 @@ __all__ = [
     "NemotronHModel",
     "NemotronHPreTrainedModel",
     "preset",
+    "quantize_model",
+    "simulate_activations",
 ]
 
 AutoConfig.register("nemotron_h", NemotronHConfig, exist_ok=True)
@@ -47,3 +53,4 @@ for _auto, _model in (
 ):
     _auto.register(NemotronHConfig, _model, exist_ok=True)
 checkpoint_names.register()
+quantizer.register()
