@@ -91,8 +91,11 @@ class NVFP4Config(QuantizationConfigMixin):
             self.fp8_cache = kv_cache_scheme is not None
         for group in (config_groups or {}).values():
             _check_group(group)
-        if quant_algo == MIXED and quantized_layers is None:
-            quantized_layers = _layers_of_groups(config_groups or {})
+        if quant_algo == MIXED and config_groups:
+            # In the order of the groups: whoever writes JSON with sorted keys loses that of `quantized_layers`.
+            grouped = _layers_of_groups(config_groups)
+            layers = grouped if quantized_layers is None else quantized_layers
+            quantized_layers = {m: layers[m] for m in (*grouped, *layers) if m in layers}
         self.quant_algo = quant_algo
         self.ignore = list(ignore or ())
         self.quantized_layers = None if quantized_layers is None else copy.deepcopy(dict(quantized_layers))

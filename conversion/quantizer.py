@@ -64,7 +64,7 @@ class ModelOptQuantizer(HfQuantizer):
             kind = torch.device(device).type if isinstance(device, str | torch.device) and _is_device(device) else None
             if kind not in (None, "cpu", "cuda", "xpu", "meta"):
                 raise ValueError(
-                    f"`device_map` asks for {device!r}, which has no float8: NVFP4 and FP8 weights need a CPU or a GPU with it."
+                    f"`device_map` asks for {str(device)!r}, which has no float8: NVFP4 and FP8 weights need a CPU or a GPU that has."
                 )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs) -> None:
