@@ -14,6 +14,7 @@ from transformers import (
 from .configuration.configuration_nemotron_h import NemotronHConfig
 from .configuration.presets import PRESETS, preset
 from .conversion import checkpoint_names, quantizer
+from .conversion.calibration import calibrate
 from .conversion.quantization_config import NVFP4Config
 from .conversion.quantizer import quantize_model
 from .modeling.cache import HybridCache
@@ -39,6 +40,7 @@ __all__ = [
     "NemotronHForTokenClassification",
     "NemotronHModel",
     "NemotronHPreTrainedModel",
+    "calibrate",
     "preset",
     "quantize_model",
     "simulate_activations",

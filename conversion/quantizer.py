@@ -385,23 +385,28 @@ def _row_lengths(module: nn.Module) -> list[int]:
     return [weight.shape[-1] for _, weight in _weights(module)]
 
 
+def add_cache_scale(model: PreTrainedModel, name: str, scale: str) -> nn.Module:
+    """Give the module called `name`, a key or value projection, room for the scale of an FP8 cache; returns the module."""
+    linear = model.get_submodule(name)
+    if not isinstance(linear, QuantizedLinear | CacheScaledLinear):
+        with torch.device("meta"):
+            scaled = CacheScaledLinear(linear.in_features, linear.out_features, linear.bias is not None)
+        scaled.weight, scaled.bias = linear.weight, linear.bias
+        scaled.train(linear.training)
+        model.set_submodule(name, scaled)
+        linear = scaled
+    linear.add_cache_scale(scale)
+    return linear
+
+
 def _add_cache_scales(model: PreTrainedModel, headers: dict[str, str]) -> None:
-    """Room for the FP8 cache's scales: in every attention layer of the backbone, in MTP where the checkpoint has them."""
+    """In every attention layer of the backbone, and in MTP where the checkpoint has them."""
     for name, module in list(model.named_modules()):
-        if not isinstance(module, NemotronHAttention):
-            continue
-        for projection, scale in (("k_proj", "k_scale"), ("v_proj", "v_scale")):
-            path = f"{name}.{projection}"
-            if name.startswith("mtp.") and f"{path}.{scale}" not in headers:
-                continue
-            linear = model.get_submodule(path)
-            if not isinstance(linear, QuantizedLinear):
-                has_bias = linear.bias is not None
-                linear = CacheScaledLinear(
-                    linear.in_features, linear.out_features, has_bias, dtype=linear.weight.dtype
-                )
-                model.set_submodule(path, linear)
-            linear.add_cache_scale(scale)
+        if isinstance(module, NemotronHAttention):
+            for projection, scale in (("k_proj", "k_scale"), ("v_proj", "v_scale")):
+                path = f"{name}.{projection}"
+                if not name.startswith("mtp.") or f"{path}.{scale}" in headers:
+                    add_cache_scale(model, path, scale)
 
 
 def _freeze(model: PreTrainedModel) -> None:

@@ -103,8 +103,8 @@ class _KeepsDtypes(nn.Module):
 
     def add_cache_scale(self, name: str) -> None:
         """Make room for `k_scale` or `v_scale`, float32 (), the scale of an FP8 cache of what this module computes."""
-        self.register_buffer(name, torch.empty((), dtype=torch.float32))
-        self._kept = (*self._kept, name)
+        self.register_buffer(name, torch.empty((), dtype=torch.float32, device=self.weight.device))
+        self._kept = (*dict.fromkeys((*self._kept, name)),)
 
 
 class CacheScaledLinear(_KeepsDtypes, nn.Linear):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nemotron_super import NemotronHForCausalLM, NVFP4Config, quantize_model, simulate_activations
+from nemotron_super import NemotronHForCausalLM, NVFP4Config, calibrate, quantize_model, simulate_activations
 from nemotron_super.modeling.quantized_layers import QuantizedExperts, QuantizedLinear
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -236,3 +236,15 @@ def test_simulated_activations(relative):
     assert relative(simulated, expected) < 0.09
     simulate_activations(model, False)
     assert model(ids).logits.equal(plain)
+
+
+def test_calibration_measures_the_same(oracle):
+    """On other random text than the export's, which is not recorded: input and cache scales of the same size."""
+    model = AutoModelForCausalLM.from_pretrained(oracle / "export", dtype=torch.bfloat16)
+    before = {n: t.clone() for n, t in model.state_dict().items() if n.endswith(("input_scale", "k_scale", "v_scale"))}
+    calibrate(model, [load_file(oracle / "reference.safetensors")["input_ids"]], cache=oracle.name == "mixed")
+    after = model.state_dict()
+    for name, scale in before.items():
+        assert (0.5 * scale < after[name]).all() and (after[name] < 2 * scale).all(), name
+    changed = [not after[name].equal(scale) for name, scale in before.items()]
+    assert sum(changed) > len(changed) / 2
