@@ -204,10 +204,14 @@ def module_formats(model: PreTrainedModel, config: NVFP4Config) -> dict[str, Wei
     return found
 
 
-def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every linear map and every set of experts, quantised or not, in the order of the modules."""
+def quantizable(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every linear map and every set of experts, quantised or not, in the order of the modules.
+
+    Only of what a published checkpoint can hold: a classifier's head is none of it.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | NemotronHExperts | QuantizedExperts):
+        published = _published(model, name).startswith(("backbone.", "mtp.", "lm_head"))
+        if published and isinstance(module, nn.Linear | NemotronHExperts | QuantizedExperts):
             yield name, module
 
 
@@ -276,13 +280,11 @@ def refuse_bad_scales(model: PreTrainedModel) -> None:
         if isinstance(module, QuantizedExperts):
             for projection in PROJECTIONS:
                 for stored in (*module.weight_format.stored, "input_scale"):
-                    tensor = getattr(module, expert_tensor(projection, stored))
-                    bad += [
-                        f"{published}.{e}.{projection}.{stored}" for e, t in enumerate(tensor) if _is_bad(t, stored)
-                    ]
+                    wrong = _bad_rows(getattr(module, expert_tensor(projection, stored)), stored)
+                    bad += [f"{published}.{e}.{projection}.{stored}" for e in wrong]
         elif isinstance(module, QuantizedLinear | CacheScaledLinear):
             tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            bad += [f"{published}.{stored}" for stored, tensor in tensors if _is_bad(tensor, stored)]
+            bad += [f"{published}.{stored}" for stored, tensor in tensors if _bad_rows(tensor[None], stored)]
     if bad:
         raise ValueError(
             f"The checkpoint holds scales that are zero, negative, NaN or infinite, or weights that are NaN: {listed(bad)}. It "
@@ -290,13 +292,22 @@ def refuse_bad_scales(model: PreTrainedModel) -> None:
         )
 
 
-def _is_bad(tensor: Tensor, stored: str) -> bool:
+def _bad_rows(tensor: Tensor, stored: str) -> list[int]:
+    """Which entries of (n, ...), n tensors that a checkpoint calls `stored`, are no scale, or hold NaN."""
     scale = is_scale(f".{stored}")
+    if tensor.is_meta:  # offloaded to disk
+        return []
     if tensor.dtype == torch.float8_e4m3fn:
-        code = tensor.view(torch.uint8)  # sign, four bits of exponent, three of mantissa; 127 is NaN
-        nan = (code & 127).amax() == 127
-        return bool(nan | (code.amax() > 127) | (code.amax() == 0)) if scale else bool(nan)
-    return scale and not bool(tensor.isfinite() & (tensor > 0))
+        code = tensor.view(torch.uint8).flatten(1)  # sign, four bits of exponent, three of mantissa; 127 is NaN
+        bad = ((code & 127) == 127).any(1)
+        if scale:
+            largest = code.amax(1)
+            bad |= (largest > 127) | (largest == 0)
+    elif scale:
+        bad = ~(tensor.isfinite() & (tensor > 0))
+    else:
+        return []
+    return bad.nonzero().flatten().tolist()
 
 
 def _quantize(model: PreTrainedModel, config: NVFP4Config) -> NVFP4Config:

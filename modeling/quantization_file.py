@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 
 FILE = "hf_quant_config.json"
 _WHERE_FROM = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_NOT_FIELDS = ("dtype", "torch_dtype", "quantization_config", "attn_implementation", "experts_implementation")
 
 
 def find_quantization(
@@ -34,8 +35,8 @@ def find_quantization(
     config = arguments.get("config")
     if not isinstance(config, PreTrainedConfig):
         config = config_class.from_pretrained(config or path, **where)
-        # Fields of the configuration among the keyword arguments are for it, as transformers has it.
-        for name in [name for name in arguments if name not in where and hasattr(config, name)]:
+        # Fields of the configuration among the keyword arguments are for it, as `from_pretrained` would have it.
+        for name in [n for n in arguments if hasattr(config, n) and n not in _NOT_FIELDS]:
             setattr(config, name, arguments.pop(name))
         arguments["config"] = config
     if getattr(config, "quantization_config", None) is None:

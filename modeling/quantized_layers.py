@@ -101,17 +101,33 @@ class _KeepsDtypes(nn.Module):
         self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self._kept = (*self._kept, name)
 
+
+class _FeedsCache(_KeepsDtypes):
+    """A map whose output may be kept in an FP8 cache, of which it then carries the scale."""
+
+    cache_scale: str | None = None
+    simulate_activations = False
+
     def add_cache_scale(self, name: str) -> None:
-        """Make room for `k_scale` or `v_scale`, float32 (), the scale of an FP8 cache of what this module computes."""
+        """Make room for `k_scale` or `v_scale`, float32 ()."""
         self.register_buffer(name, torch.empty((), dtype=torch.float32, device=self.weight.device))
+        self.cache_scale = name
         self._kept = (*dict.fromkeys((*self._kept, name)),)
 
+    def _as_cached(self, out: Tensor) -> Tensor:
+        if self.cache_scale is None or not self.simulate_activations:
+            return out
+        return simulate_fp8(out, getattr(self, self.cache_scale))
 
-class CacheScaledLinear(_KeepsDtypes, nn.Linear):
+
+class CacheScaledLinear(_FeedsCache, nn.Linear):
     """A linear map in full precision that carries the scale of the FP8 cache it feeds."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self._as_cached(super().forward(x))
 
-class QuantizedLinear(_KeepsDtypes, nn.Linear):
+
+class QuantizedLinear(_FeedsCache, nn.Linear):
     """`nn.Linear` with a frozen quantised weight. Input (..., in), output (..., out), both in the input's dtype.
 
     `weight`, `weight_scale`, in NVFP4 `weight_scale_2`, and `input_scale` are as the checkpoint stores them.
@@ -123,7 +139,6 @@ class QuantizedLinear(_KeepsDtypes, nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.weight_format = in_features, out_features, weight_format
         self.compute_dtype = dtype  # read by PEFT, which would otherwise make adapters in the weight's dtype
-        self.simulate_activations = False
         for name, tensor in weight_format.empty(out_features, in_features).items():
             self._store(name, tensor)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
@@ -136,7 +151,7 @@ class QuantizedLinear(_KeepsDtypes, nn.Linear):
         if self.simulate_activations:
             x = self.weight_format.simulate(x, self.input_scale)
         out = self.weight_format.linear(x, *self.stored())
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+        return self._as_cached(out if self.bias is None else out + self.bias.to(out.dtype))
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """The same map in full precision; this module stays as it is."""
@@ -194,10 +209,12 @@ def expert_tensor(projection: str, name: str) -> str:
 def simulate_activations(model: nn.Module, enabled: bool = True) -> None:
     """Round the inputs of every quantised layer of `model` with its stored input scale, or stop doing so.
 
+    Keys and values are rounded as well where the checkpoint has scales of an FP8 cache.
+
     Raises:
         ValueError: `model` has no quantised layer.
     """
-    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedExperts)]
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear | QuantizedExperts | CacheScaledLinear)]
     if not layers:
         raise ValueError("The model has no quantised layer whose activations could be simulated.")
     for layer in layers:

@@ -1,5 +1,6 @@
 """Scales measured on sample text: those that the dequantised model's own activations give."""
 
+import dataclasses
 import json
 
 import pytest
@@ -100,6 +101,27 @@ def test_measured_scales_serve_better(quantized, batches, relative):
         if isinstance(module, QuantizedLinear):
             module.input_scale.mul_(0.05)  # most of what comes in is cut off
     assert 0 < close < 0.2 * relative(model(batches[0]).logits, exact)
+
+
+@torch.no_grad()
+def test_simulated_cache(quantized, batches):
+    """Keys and values are rounded to FP8 with the stored scales, beside projections that are quantised or are not."""
+    for recipe in ("release", "nvfp4"):
+        model = calibrate(quantized(recipe), batches)
+        attention = model.model.layers[2].mixer
+        x = torch.randn(1, 5, 32)
+        plain = attention.k_proj(x), attention.v_proj(x), attention.q_proj(x)
+        simulate_activations(model)
+        if recipe == "nvfp4":  # leave the rounding of inputs aside
+            for projection in (attention.k_proj, attention.v_proj, attention.q_proj):
+                projection.weight_format = dataclasses.replace(projection.weight_format, simulate=lambda x, scale: x)
+        for found, exact, scale in (
+            (attention.k_proj(x), plain[0], attention.k_proj.k_scale),
+            (attention.v_proj(x), plain[1], attention.v_proj.v_scale),
+        ):
+            assert found.equal((exact / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale)
+            assert not found.equal(exact)
+        assert attention.q_proj(x).equal(plain[2])
 
 
 def test_mode_and_hooks(quantized, batches):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from nemotron_super import (
     NemotronHForCausalLM,
+    NemotronHForSequenceClassification,
     NemotronHModel,
     NVFP4Config,
     quantize_model,
@@ -124,6 +125,31 @@ def test_backbone_alone(saved, ids):
     backbone = NemotronHModel.from_pretrained(saved["release"], dtype=torch.float32)
     with torch.no_grad():
         assert backbone(ids).last_hidden_state.equal(whole.model(ids).last_hidden_state)
+
+
+def test_classifier(saved, ids):
+    """A fresh head over a quantised backbone: initialised, in full precision, trainable."""
+    torch.manual_seed(0)
+    model, info = NemotronHForSequenceClassification.from_pretrained(
+        saved["nvfp4"], dtype=torch.float32, num_labels=3, output_loading_info=True
+    )
+    assert info["missing_keys"] == {"score.weight"} and not info["mismatched_keys"]
+    assert formats(model)["backbone.layers.0.mixer.in_proj"] == "NVFP4"
+    model(ids, labels=torch.tensor([0, 2])).loss.backward()
+    assert model.score.weight.grad.any()
+
+
+def test_offloaded(saved, ids, tmp_path):
+    """Layers that wait on disk, packed, give the same logits."""
+    whole = NemotronHForCausalLM.from_pretrained(saved["release"], dtype=torch.float32)
+    places = dict.fromkeys(("model.embeddings", "model.norm_f", "lm_head", "mtp"), "cpu")
+    places |= {f"model.layers.{i}": "disk" if i in (1, 4) else "cpu" for i in range(6)}
+    model = NemotronHForCausalLM.from_pretrained(
+        saved["release"], dtype=torch.float32, device_map=places, offload_folder=tmp_path
+    )
+    assert model.model.layers[1].mixer.experts.up_proj.is_meta
+    with torch.no_grad():
+        assert model(ids).logits.equal(whole(ids).logits)
 
 
 def test_backbone_saved(saved, tmp_path, same_tensors):

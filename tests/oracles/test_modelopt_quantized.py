@@ -90,8 +90,11 @@ def test_config_beside(oracle, tmp_path, relative):
         model = cls.from_pretrained(tmp_path, dtype=torch.float32)
         with torch.no_grad():
             assert relative(model(reference["input_ids"]).logits, reference["logits_dequantized_weights"]) < 1e-5
-        assert isinstance(model, NemotronHForCausalLM)
+        assert isinstance(model, NemotronHForCausalLM) and model.lm_head.weight.dtype == torch.float32
         assert model.config.quantization_config.to_dict() == quantization(oracle / "export")[0]
+
+    model = NemotronHForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, routed_scaling_factor=7.0)
+    assert model.lm_head.weight.dtype == torch.bfloat16 and model.model.layers[1].mixer.gate.routed_scaling_factor == 7
 
 
 def test_saving_gives_the_export(oracle, tmp_path):
