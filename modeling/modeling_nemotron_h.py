@@ -33,6 +33,7 @@ from .mtp import NemotronHMTP
 from .norms import NemotronHRMSNorm
 from .objective import mtp_loss, next_token_loss
 from .published_state import take_published_names
+from .quantization_file import drop_quantization, find_quantization
 from .remote_code import AUTO_MAP, STUB_FILE, write_stub
 from .token_layout import TokenLayout, describe_tokens
 from .weight_checks import check_headers, name_truncated_file, refuse_non_finite, refuse_pickled
@@ -73,6 +74,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         """
         refuse_pickled(pretrained_model_name_or_path, kwargs.get("use_safetensors"))
         kwargs["use_safetensors"] = True
+        find_quantization(cls.config_class, pretrained_model_name_or_path, kwargs)
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
@@ -93,14 +95,20 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         transformers would write back the layout that was read. Only `save_original_format=False` still asks for
         the modules' own names and stacked experts.
         """
-        if getattr(self, "hf_quantizer", None) is None:
-            self._weight_conversions = get_model_conversion_mapping(self, add_legacy=False)
+        quantizer = getattr(self, "hf_quantizer", None)
+        ours = getattr(quantizer, "headers_as_published", False)
+        if quantizer is None or ours:
+            self._weight_conversions = get_model_conversion_mapping(self, hf_quantizer=quantizer, add_legacy=False)
             if self.base_model is self:
                 self._weight_conversions.insert(0, PrefixChange(prefix_to_remove="backbone"))
         if not getattr(self, "_hf_peft_config_loaded", False):
             self.config.auto_map = dict(AUTO_MAP)
             if self.should_save_on_this_rank(is_main_process):
                 write_stub(save_directory)
+                if ours:
+                    quantizer.write_json(save_directory)
+                else:
+                    drop_quantization(save_directory)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def _get_files_timestamps(self, working_dir):
