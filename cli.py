@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .training.run_config import ConfigError, LoraRunConfig, PretrainConfig, RunConfig, SftConfig, describe
+
 TINY = Path(__file__).parent / "model_card" / "nemotron-h-tiny"
 
 
@@ -36,6 +38,20 @@ def generate(arguments: argparse.Namespace) -> None:
     model.generate(**inputs.to(model.device), generation_config=settings, streamer=streamer)
 
 
+def train(arguments: argparse.Namespace) -> None:
+    """Run what a YAML file describes; with several devices, start it by `accelerate launch -m nemotron_super.cli`."""
+    from .training.documents import DataError
+    from .training.run import run
+    from .training.trainer import TrainingStoppedError
+
+    try:
+        config: RunConfig = arguments.kind.load(arguments.config)
+        run(config)
+    except (ConfigError, DataError, TrainingStoppedError) as error:
+        raise SystemExit(f"nemotron-super {arguments.command}: {error}") from error
+    print(f"Done: {Path(config.output) / 'REPORT.md'}")
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the command's parser."""
     top = argparse.ArgumentParser(prog="nemotron-super", description="Nemotron 3 Super for transformers.")
@@ -51,6 +67,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     one.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
     one.set_defaults(run=generate)
+    for name, kind in (("pretrain", PretrainConfig), ("sft", SftConfig), ("lora", LoraRunConfig)):
+        doc = kind.__doc__ or ""
+        one = commands.add_parser(
+            name,
+            help=doc[0].lower() + doc[1:].rstrip("."),
+            description=doc,
+            epilog=f"Keys of the file, with their defaults:\n{describe(kind)}".replace("%", "%%"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        one.add_argument("--config", required=True, type=Path, help="YAML file; recipes are in training/recipes/")
+        one.set_defaults(run=train, kind=kind)
     return top
 
 

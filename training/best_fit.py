@@ -31,6 +31,7 @@ class BestFitRows(IterableDataset):
             each other, keep its beginning, or leave it out.
         on_bad: whether a document without anything to predict (empty, or all labels masked) is refused by name or left out.
         pool: how many documents wait.
+        repeat: begin again when the documents are through, for ever; a resumed run can then skip to where it was in any pass.
 
     Attributes:
         dropped: how many documents were left out, by reason, in the latest iteration.
@@ -50,12 +51,14 @@ class BestFitRows(IterableDataset):
         too_long: TooLong = "error",
         on_bad: Literal["error", "drop"] = "error",
         pool: int = 1024,
+        repeat: bool = False,
     ):
         if length < 2 or pool < 1:
             raise DataError(
                 f"`length` is {length} and `pool` {pool}: a row needs two tokens, and a pool one document."
             )
         self.documents, self.length, self.too_long, self.on_bad, self.pool = documents, length, too_long, on_bad, pool
+        self.repeat = repeat
         self.dropped: Counter[str] = Counter()
         self._tokens = self._rows = 0
 
@@ -71,7 +74,7 @@ class BestFitRows(IterableDataset):
         self._tokens = self._rows = 0
         waiting: list[tuple[int, int]] = []  # (length, arrival), sorted
         held: dict[int, TokenDocument] = {}  # by arrival, oldest first
-        for arrival, document in enumerate(self._fitting()):
+        for arrival, document in enumerate(self._passes()):
             held[arrival] = document
             insort(waiting, (len(document.input_ids), arrival))
             if len(held) >= self.pool:
@@ -80,6 +83,14 @@ class BestFitRows(IterableDataset):
             yield self._next_row(waiting, held)
         if not self._rows:
             raise DataError(f"No document is left to train on; left out: {dict(self.dropped) or 'none'}.")
+
+    def _passes(self) -> Iterator[TokenDocument]:
+        found = True
+        while found:
+            found = False
+            for document in self._fitting():
+                found = self.repeat
+                yield document
 
     def _fitting(self) -> Iterator[TokenDocument]:
         """Documents, or their pieces, that fit a row and have something to predict."""

@@ -68,6 +68,15 @@ def test_no_document_waits_for_ever():
     assert split(rows[0])[0] == source[0].input_ids
 
 
+def test_repeated():
+    """Pass after pass, every document once in each; without any document it ends instead of looking for ever."""
+    source = documents([3, 4, 5])
+    rows = iter(BestFitRows(source, 5, pool=1, repeat=True))
+    assert [split(next(rows))[0] for _ in range(7)] == [source[n % 3].input_ids for n in range(7)]
+    with pytest.raises(DataError, match="No document is left"):
+        next(iter(BestFitRows([TokenDocument([])], 5, on_bad="drop", repeat=True)))
+
+
 @pytest.mark.parametrize(
     ("too_long", "sizes"),
     [("split", [5, 5, 3, 4]), ("truncate", [5, 4]), ("drop", [4])],

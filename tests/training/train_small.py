@@ -1,6 +1,6 @@
 """A small training run as a process of its own, to be started several times over, killed, and resumed.
 
-`python train_small.py OUTPUT --steps 20 [--batch 4] [--accumulation 1] [--kill-at 13] [--fsdp]` writes what was logged to
+`python train_small.py OUTPUT --steps 20 [--batch 4] [--accumulation 1] [--kill-at 13]` writes what was logged to
 OUTPUT/log.json and the final weights to OUTPUT/final. It resumes from OUTPUT's last complete checkpoint if there is one.
 """
 
@@ -15,7 +15,6 @@ from nemotron_super import NemotronHConfig, NemotronHForCausalLM
 from nemotron_super.training.best_fit import BestFitRows, PadRows
 from nemotron_super.training.documents import TokenDocument
 from nemotron_super.training.trainer import NemotronTrainer, last_complete_checkpoint
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 SMALL = {
@@ -56,18 +55,16 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--loss-over", default="tokens")
-    parser.add_argument("--fsdp", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     set_seed(0)
-    sharded = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
     trainer = NemotronTrainer(
         NemotronHForCausalLM(NemotronHConfig(**SMALL)),
         TrainingArguments(
             str(options.output), max_steps=options.steps, per_device_train_batch_size=options.batch,
             gradient_accumulation_steps=options.accumulation, learning_rate=3e-3, logging_steps=1, save_steps=5,
-            save_strategy="no" if options.fsdp else "steps", report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
-            remove_unused_columns=False, ddp_find_unused_parameters=False, **(sharded if options.fsdp else {}),
+            save_strategy="steps", report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
+            remove_unused_columns=False, ddp_find_unused_parameters=False,
         ),
         train_dataset=make_rows(),
         data_collator=PadRows(0),
@@ -78,11 +75,9 @@ def main() -> None:
     )  # fmt: skip
     checkpoint = last_complete_checkpoint(options.output)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    assert options.fsdp == all(isinstance(p, DTensor) for p in trainer.model.parameters())
     if trainer.args.process_index == 0:
         (options.output / "log.json").write_text(json.dumps(trainer.state.log_history))
-        if not options.fsdp:
-            trainer.model.save_pretrained(options.output / "final")
+        trainer.model.save_pretrained(options.output / "final")
 
 
 if __name__ == "__main__":
