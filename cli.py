@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .training.run_config import ConfigError, LoraRunConfig, PretrainConfig, RunConfig, SftConfig, describe
+
 TINY = Path(__file__).parent / "model_card" / "nemotron-h-tiny"
 
 
@@ -49,6 +51,20 @@ def hand_over(arguments: argparse.Namespace) -> None:
     app([arguments.command, *arguments.rest], prog_name="nemotron-super")
 
 
+def train(arguments: argparse.Namespace) -> None:
+    """Run what a YAML file describes; with several devices, start it by `accelerate launch -m nemotron_super.cli`."""
+    from .training.documents import DataError
+    from .training.run import run
+    from .training.trainer import TrainingStoppedError
+
+    try:
+        config: RunConfig = arguments.kind.load(arguments.config)
+        run(config)
+    except (ConfigError, DataError, TrainingStoppedError) as error:
+        raise SystemExit(f"nemotron-super {arguments.command}: {error}") from error
+    print(f"Done: {Path(config.output) / 'REPORT.md'}")
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the command's parser."""
     top = argparse.ArgumentParser(prog="nemotron-super", description="Nemotron 3 Super for transformers.")
@@ -66,6 +82,17 @@ def parser() -> argparse.ArgumentParser:
     one.set_defaults(run=generate)
     for name, what in (("serve", "serve a checkpoint over HTTP"), ("chat", "chat with a served model")):
         commands.add_parser(name, help=f"{what}, as `transformers {name}`", add_help=False)
+    for name, kind in (("pretrain", PretrainConfig), ("sft", SftConfig), ("lora", LoraRunConfig)):
+        doc = kind.__doc__ or ""
+        one = commands.add_parser(
+            name,
+            help=doc[0].lower() + doc[1:].rstrip("."),
+            description=doc,
+            epilog=f"Keys of the file, with their defaults:\n{describe(kind)}".replace("%", "%%"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        one.add_argument("--config", required=True, type=Path, help="YAML file; recipes are in training/recipes/")
+        one.set_defaults(run=train, kind=kind)
     return top
 
 

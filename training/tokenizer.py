@@ -133,12 +133,17 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path | str) -> No
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def encode_plain_text(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Encode texts so that no reserved id can come out, even where a text spells a special token."""
+def without_special_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The tokenizer's backend as it reads plain text: no reserved id comes out, even where a text spells its token."""
     # `split_special_tokens` would still match the added tokens that are not special, such as `<think>`.
     fields = json.loads(tokenizer.backend_tokenizer.to_str())
     fields["added_tokens"], fields["post_processor"] = [], None
-    return [encoding.ids for encoding in Tokenizer.from_str(json.dumps(fields)).encode_batch_fast(list(texts))]
+    return Tokenizer.from_str(json.dumps(fields))
+
+
+def encode_plain_text(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """Encode texts so that no reserved id can come out, even where a text spells a special token."""
+    return [encoding.ids for encoding in without_special_tokens(tokenizer).encode_batch_fast(list(texts))]
 
 
 def encode_corpus(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> np.ndarray:
