@@ -13,7 +13,10 @@ from transformers import (
 
 from .configuration.configuration_nemotron_h import NemotronHConfig
 from .configuration.presets import PRESETS, preset
-from .conversion import checkpoint_names
+from .conversion import checkpoint_names, quantizer
+from .conversion.calibration import calibrate
+from .conversion.quantization_config import NVFP4Config
+from .conversion.quantizer import quantize_model
 from .modeling.cache import HybridCache
 from .modeling.modeling_nemotron_h import (
     NemotronHCausalLMOutput,
@@ -23,11 +26,14 @@ from .modeling.modeling_nemotron_h import (
     NemotronHModel,
     NemotronHPreTrainedModel,
 )
+from .modeling.quantized_layers import simulate_activations
+from .modeling.snapshot import load_snapshot, save_snapshot
 
 __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "HybridCache",
+    "NVFP4Config",
     "NemotronHCausalLMOutput",
     "NemotronHConfig",
     "NemotronHForCausalLM",
@@ -35,7 +41,12 @@ __all__ = [
     "NemotronHForTokenClassification",
     "NemotronHModel",
     "NemotronHPreTrainedModel",
+    "calibrate",
+    "load_snapshot",
     "preset",
+    "quantize_model",
+    "save_snapshot",
+    "simulate_activations",
 ]
 
 AutoConfig.register("nemotron_h", NemotronHConfig, exist_ok=True)
@@ -47,3 +58,4 @@ for _auto, _model in (
 ):
     _auto.register(NemotronHConfig, _model, exist_ok=True)
 checkpoint_names.register()
+quantizer.register()

@@ -26,12 +26,14 @@ from ..configuration.configuration_nemotron_h import NemotronHConfig
 from .attention import NemotronHAttention
 from .block import NemotronHBlock
 from .cache import HybridCache, check_cache
+from .generation import check_mtp_options, generate_with_mtp
 from .latent_moe import NemotronHExperts, NemotronHTopkRouter
 from .mamba2 import NemotronHMamba2Mixer
 from .mtp import NemotronHMTP
 from .norms import NemotronHRMSNorm
 from .objective import cross_entropy_ahead, mtp_cross_entropy
 from .published_state import take_published_names
+from .quantization_file import drop_quantization, find_quantization
 from .remote_code import AUTO_MAP, STUB_FILE, write_stub
 from .token_layout import TokenLayout, describe_tokens
 from .weight_checks import check_headers, name_truncated_file, refuse_non_finite, refuse_pickled
@@ -54,7 +56,6 @@ class NemotronHPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
-    _is_stateful = True
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": NemotronHBlock,
         "attentions": OutputRecorder(NemotronHAttention, index=1),
@@ -73,6 +74,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         """
         refuse_pickled(pretrained_model_name_or_path, kwargs.get("use_safetensors"))
         kwargs["use_safetensors"] = True
+        find_quantization(cls.config_class, pretrained_model_name_or_path, kwargs)
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
@@ -93,14 +95,20 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         transformers would write back the layout that was read. Only `save_original_format=False` still asks for
         the modules' own names and stacked experts.
         """
-        if getattr(self, "hf_quantizer", None) is None:
-            self._weight_conversions = get_model_conversion_mapping(self, add_legacy=False)
+        quantizer = getattr(self, "hf_quantizer", None)
+        ours = getattr(quantizer, "headers_as_published", False)
+        if quantizer is None or ours:
+            self._weight_conversions = get_model_conversion_mapping(self, hf_quantizer=quantizer, add_legacy=False)
             if self.base_model is self:
                 self._weight_conversions.insert(0, PrefixChange(prefix_to_remove="backbone"))
         if not getattr(self, "_hf_peft_config_loaded", False):
             self.config.auto_map = dict(AUTO_MAP)
             if self.should_save_on_this_rank(is_main_process):
                 write_stub(save_directory)
+                if ours:
+                    quantizer.write_json(save_directory)
+                else:
+                    drop_quantization(save_directory)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def _get_files_timestamps(self, working_dir):
@@ -405,6 +413,37 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             raise ValueError("`mtp_logits` need the whole sequence in one call: pass `cache=None`.")
         return self.config.mtp_num_depths if depths is None else depths
 
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        # transformers' defaults for drafts (20 tokens, a threshold) are made for another model as the drafter.
+        given = (
+            kwargs,
+            vars(generation_config) if generation_config is not None else {},
+            vars(self.generation_config),
+        )
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if prepared.use_mtp:
+            if all(source.get("num_assistant_tokens") is None for source in given):
+                prepared.num_assistant_tokens = self.config.mtp_num_depths
+            if all(source.get("assistant_confidence_threshold") is None for source in given):
+                prepared.assistant_confidence_threshold = 0.0
+        return prepared, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        if generation_config.use_mtp:
+            check_mtp_options(self, generation_config, generation_mode_kwargs.get("assistant_model"))
+        else:
+            super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _assisted_decoding(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, inputs_tensor=None, **kwargs
+    ):
+        # `generate` looks the decoding loop up by this name, for every kind of drafts.
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if not generation_config.use_mtp:
+            return super()._assisted_decoding(*arguments, inputs_tensor=inputs_tensor, **kwargs)
+        names = ("streamer", "cache", "attention_mask", "inputs_embeds")
+        return generate_with_mtp(self, *arguments, **{name: kwargs.get(name) for name in names})
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # generate() would make a plain DynamicCache, whose Mamba layers cannot select or repeat rows. And no cache of
         # transformers' knows its length without an attention layer.
@@ -414,6 +453,15 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         attends = "full_attention" in self.config.layers_block_type
         if given is None and made is not None and (type(made) is DynamicCache or not attends):
             model_kwargs["cache"] = HybridCache(self.config, offloading=made.offloading)
+            if generation_config.is_assistant:
+                model_kwargs["cache"].activate_past_recording()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: transformers' continuous batching pages keys and values, and knows no recurrent state."""
+        raise ValueError(
+            "Continuous batching (`generate_batch`, `cache_implementation='paged'`, `serve --continuous-batching`) cannot hold "
+            "the recurrent state of Mamba-2 layers. Use `generate` with a left-padded batch, or serve without it."
+        )
 
     @staticmethod
     @_accept_old_cache_name

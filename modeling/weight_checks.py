@@ -63,8 +63,8 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
     """Compare names and shapes in the headers of `files` with `model`, before a tensor is loaded.
 
     Tensors that are missing or surplus as a whole are left to transformers' report; here is what it cannot name: one
-    expert out of a stack, and the configuration field behind a wrong shape. Quantised weights have shapes of their own:
-    of them only the files are checked.
+    expert out of a stack, and the configuration field behind a wrong shape. Of weights that other quantisation methods than
+    ours pack, only the files are checked.
 
     Args:
         model: on any device; only shapes are read.
@@ -77,7 +77,7 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
         FileNotFoundError: a shard that the index names and that is not there.
     """
     shapes = read_headers(files)
-    if load_config.is_quantized:
+    if load_config.is_quantized and not getattr(load_config.hf_quantizer, "headers_as_published", False):
         return
     ignore = load_config.ignore_mismatched_sizes
     conversions = load_config.weight_mapping or []
@@ -109,7 +109,7 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
         surplus += [key for expert, key in sorted(found.items()) if expert >= count]
     if lost:
         message = (
-            f"The checkpoint lacks {_listed(lost)}, of whose layers it holds other experts. Is a file missing, or is "
+            f"The checkpoint lacks {listed(lost)}, of whose layers it holds other experts. Is a file missing, or is "
             "`n_routed_experts` too high?"
         )
         if not ignore:
@@ -118,11 +118,11 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
     if surplus and not ignore:
         raise ValueError(
             f"The checkpoint holds more experts than `n_routed_experts` ({model.config.n_routed_experts}): "
-            f"{_listed(surplus)}."
+            f"{listed(surplus)}."
         )
     if wrong and not ignore:
         raise ValueError(
-            f"The checkpoint does not fit its configuration: {_listed(wrong, '; ')}. Correct the configuration, or pass "
+            f"The checkpoint does not fit its configuration: {listed(wrong, '; ')}. Correct the configuration, or pass "
             "ignore_mismatched_sizes=True to start these tensors afresh."
         )
 
@@ -169,7 +169,7 @@ def refuse_non_finite(model: PreTrainedModel) -> None:
             found.append(published_name(name, base))
     if found:
         raise ValueError(
-            f"The checkpoint holds NaN or infinity in {_listed(found)}. It is damaged: fetch or export it again."
+            f"The checkpoint holds NaN or infinity in {listed(found)}. It is damaged: fetch or export it again."
         )
 
 
@@ -206,7 +206,7 @@ def refuse_pickled(path, use_safetensors: bool | None) -> None:
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
     if pickled and not (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder} holds pickled weights only ({_listed(pickled)}), which can run code when they are opened. Convert "
+            f"{folder} holds pickled weights only ({listed(pickled)}), which can run code when they are opened. Convert "
             "them to safetensors where you trust them: safetensors.torch.save_file(torch.load(file, weights_only=True), "
             '"model.safetensors").'
         )
@@ -228,6 +228,7 @@ def _not_whole(files: Sequence, error: SafetensorError) -> str:
     return f"{sizes} is not a whole safetensors file ({error}): fetch it again."
 
 
-def _listed(names: Sequence[str], separator: str = ", ") -> str:
+def listed(names: Sequence[str], separator: str = ", ") -> str:
+    """The first dozen of `names`, and how many more there are."""
     more = len(names) - _NAMES_IN_A_MESSAGE
     return separator.join(names[:_NAMES_IN_A_MESSAGE]) + (f" and {more} more" if more > 0 else "")

@@ -32,6 +32,24 @@ RESERVED_TOKENS = tuple(
     _CONTROL_TOKENS.get(i) or _VISIBLE_TOKENS.get(i) or f"<SPECIAL_{i}>" for i in range(FIRST_ORDINARY_ID)
 )
 
+# How servers take an answer apart: reasoning, tool calls and text, in transformers' format for `parse_response`.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
+        "tool_calls": {
+            "open_pattern": r"\s*<tool_call>\n<function=(?P<name>\w[^>]*)>\n",
+            "close_pattern": r"</function>\n</tool_call>",
+            "repeats": True,
+            "content": "xml-inline",
+            "content_args": {"tag_pattern": r"<parameter=(?P<key>\w[^>]*)>\n(?P<value>.*?)\n</parameter>"},
+            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+        },
+        "content": {"close_pattern": r"\s*(?:<\|im_end\|>|</s>)\s*", "content": "text"},
+    },
+}
+
 # A piece is the widest text that one token may cover.
 SPLIT_PATTERN = "|".join(
     (
@@ -90,6 +108,7 @@ def train_tokenizer(
         add_bos_token=False,
         clean_up_tokenization_spaces=False,
         chat_template=chat_template,
+        response_template=RESPONSE_TEMPLATE if chat_template else None,
     )
 
 

@@ -1,0 +1,85 @@
+"""Routed experts with frozen quantised weights: down(relu(up(x))^2), weighted and summed over the chosen experts.
+
+One expert after another, and only those that some token chose: decoding one token dequantises its top-k experts. Never more
+than one expert exists in full precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .quantized_linear import fp8_linear, nvfp4_linear, simulate_fp8, simulate_nvfp4
+
+
+def _experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    input_scales: tuple[Tensor, Tensor] | None,
+    linear: Callable[..., Tensor],
+    simulate: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    tokens, top_k = index.shape
+    if tokens == 0:
+        return x
+    flat = index.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=up[0].shape[0]).tolist()
+    # On a CPU in float32: oneDNN builds a kernel for every new shape in lower precision.
+    work = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    rows = x[order // top_k].to(work).split(counts)
+    outputs = []
+    for expert, block in enumerate(rows):
+        if block.shape[0] == 0:
+            continue
+        if input_scales is not None:
+            block = simulate(block, input_scales[0][expert])
+        hidden = linear(block, *(stored[expert] for stored in up)).relu().square()
+        if input_scales is not None:
+            hidden = simulate(hidden, input_scales[1][expert])
+        outputs.append(linear(hidden, *(stored[expert] for stored in down)))
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    y = torch.cat(outputs)[inverse].view(tokens, top_k, -1)
+    return torch.bmm(weights.unsqueeze(1), y.to(weights.dtype)).squeeze(1).to(x.dtype)
+
+
+def nvfp4_experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: tuple[Tensor, Tensor, Tensor],
+    down: tuple[Tensor, Tensor, Tensor],
+    input_scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Weighted sum of the chosen experts' outputs, weights in NVFP4; differentiable in `x` and `weights`.
+
+    Args:
+        x: (tokens, width).
+        index: (tokens, top_k) int64, chosen experts; weights: (tokens, top_k) float32.
+        up: codes (experts, intermediate, width / 2) uint8, block scales (experts, intermediate, width / 16)
+            float8_e4m3fn, global scales (experts,) float32.
+        down: the same for (experts, width, intermediate).
+        input_scales: (experts,) float32 for up and for down; given, both inputs are rounded to NVFP4 with them.
+
+    Returns:
+        (tokens, width) in the dtype of x; the sum over experts is taken in float32.
+    """
+    return _experts(x, index, weights, up, down, input_scales, nvfp4_linear, simulate_nvfp4)
+
+
+def fp8_experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor],
+    input_scales: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """As `nvfp4_experts` with weights (and simulated inputs) in FP8: float8_e4m3fn and (experts,) float32 scales."""
+    return _experts(x, index, weights, up, down, input_scales, fp8_linear, simulate_fp8)

@@ -1,0 +1,147 @@
+"""Scales measured on sample text: those that the dequantised model's own activations give."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from nemotron_super import NemotronHForCausalLM, NVFP4Config, calibrate, quantize_model, simulate_activations
+from nemotron_super.modeling.latent_moe import NemotronHExperts
+from nemotron_super.modeling.quantized_layers import QuantizedExperts, QuantizedLinear
+from safetensors.torch import load_file
+
+SIZES = {"hidden_size": 32, "moe_latent_size": 16, "moe_intermediate_size": 32, "intermediate_size": 48}
+MTP = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
+
+
+@pytest.fixture
+def quantized(make_model):
+    return lambda recipe: quantize_model(make_model("ME*-ME", seed=5, **MTP, **SIZES), NVFP4Config(recipe=recipe))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 61, (2, 9), generator=generator) for _ in range(3)]
+
+
+@torch.no_grad()
+def measured(model, batches):
+    """Largest magnitude of what every linear map and both projections of the experts take in; of keys and values too."""
+    largest: dict[str, float] = {}
+
+    def note(name, x):
+        largest[name] = max(largest.get(name, 0.0), x.abs().max().item())
+
+    def experts(name, module, inputs):
+        x, index, _ = inputs
+        note(f"{name}.up_proj", x)
+        for token, chosen in zip(x, index.tolist(), strict=True):
+            for expert in chosen:
+                note(f"{name}.down_proj", (module.up_proj[expert] @ token).relu().square())
+
+    def linear(name, inputs, output):
+        note(name, inputs[0])
+        note(f"{name} out", output)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda m, x, y, n=name: linear(n, x, y))
+        elif isinstance(module, NemotronHExperts):
+            module.register_forward_pre_hook(lambda m, x, n=name: experts(n, m, x))
+    for batch in batches:
+        model(batch)
+    return largest
+
+
+@pytest.mark.parametrize(("recipe", "divisor"), [("nvfp4", 6 * 448), ("fp8", 448)])
+def test_scales(recipe, divisor, quantized, batches):
+    twin = quantized(recipe)
+    twin.dequantize()
+    largest = measured(twin, batches)
+    model = calibrate(quantized(recipe), iter(batches))
+    seen = 0
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            assert module.input_scale.item() == pytest.approx(largest[name] / divisor, rel=1e-4), name
+            seen += 1
+        elif isinstance(module, QuantizedExperts):
+            for projection in ("up_proj", "down_proj"):
+                scales = getattr(module, f"{projection}_input_scale")
+                assert scales.unique().tolist() == [pytest.approx(largest[f"{name}.{projection}"] / divisor, rel=1e-4)]
+            seen += 1
+    assert seen == 20  # 2 x 2 of Mamba, 4 of attention, 2 of the MLP, 2 x 5 of the MoE
+    attention = model.model.layers[2].mixer
+    for letter, projection in (("k", attention.k_proj), ("v", attention.v_proj)):
+        scale = getattr(projection, f"{letter}_scale").item()
+        assert scale == pytest.approx(largest[f"model.layers.2.mixer.{letter}_proj out"] / 448, rel=1e-4)
+
+
+def test_saved_and_reopened(quantized, batches, tmp_path):
+    """With cache scales where wanted; MTP, which no token reached, has none."""
+    for cache in (False, True):
+        calibrate(quantized("release").bfloat16(), batches, cache=cache).save_pretrained(tmp_path)
+        described = json.loads((tmp_path / "hf_quant_config.json").read_text())["quantization"]
+        assert described["kv_cache_quant_algo"] == ("FP8" if cache else None)
+        names = {n for n in load_file(tmp_path / "model.safetensors") if n.endswith(("k_scale", "v_scale"))}
+        assert names == ({f"backbone.layers.2.mixer.{x}_proj.{x}_scale" for x in "kv"} if cache else set())
+        again = NemotronHForCausalLM.from_pretrained(tmp_path)
+        assert again.model.layers[0].mixer.in_proj.input_scale != 1
+
+
+@torch.no_grad()
+def test_measured_scales_serve_better(quantized, batches, relative):
+    """Activations in FP8 lose less with measured scales than with scales far off."""
+    model = quantized("fp8")
+    exact = model(batches[0]).logits
+    calibrate(model, batches)
+    simulate_activations(model)
+    close = relative(model(batches[0]).logits, exact)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.input_scale.mul_(0.05)  # most of what comes in is cut off
+    assert 0 < close < 0.2 * relative(model(batches[0]).logits, exact)
+
+
+@torch.no_grad()
+def test_simulated_cache(quantized, batches):
+    """Keys and values are rounded to FP8 with the stored scales, beside projections that are quantised or are not."""
+    for recipe in ("release", "nvfp4"):
+        model = calibrate(quantized(recipe), batches)
+        attention = model.model.layers[2].mixer
+        x = torch.randn(1, 5, 32)
+        plain = attention.k_proj(x), attention.v_proj(x), attention.q_proj(x)
+        simulate_activations(model)
+        if recipe == "nvfp4":  # leave the rounding of inputs aside
+            for projection in (attention.k_proj, attention.v_proj, attention.q_proj):
+                projection.weight_format = dataclasses.replace(projection.weight_format, simulate=lambda x, scale: x)
+        for found, exact, scale in (
+            (attention.k_proj(x), plain[0], attention.k_proj.k_scale),
+            (attention.v_proj(x), plain[1], attention.v_proj.v_scale),
+        ):
+            assert found.equal((exact / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale)
+            assert not found.equal(exact)
+        assert attention.q_proj(x).equal(plain[2])
+
+
+def test_mode_and_hooks(quantized, batches):
+    """Calibrating twice is calibrating once; the model is left in its mode, without hooks, and may be trained."""
+    model = quantized("release").train()
+    calibrate(model, batches)
+    first = {n: t.clone() for n, t in model.state_dict().items() if n.endswith("_scale")}
+    calibrate(model, batches)
+    assert all(model.state_dict()[n].equal(t) for n, t in first.items())
+    assert model.training
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_what_is_refused(quantized, make_model, batches):
+    with pytest.raises(ValueError, match="no quantised layer"):
+        calibrate(make_model("M*"), batches)
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        calibrate(quantized("fp8"), [])
+    model = quantized("fp8")
+    with torch.no_grad():
+        model.model.embeddings.weight[5] = torch.inf
+    with pytest.raises(ValueError, match=r"not finite at model.layers.0.mixer.in_proj"):
+        calibrate(model, [torch.tensor([[5, 5]])])
