@@ -23,7 +23,8 @@ class HeldOut:
         tokens: predicted tokens.
         loss: next-token cross entropy, nats per predicted token.
         accuracy: share of next tokens that are the most likely one.
-        mtp_loss, mtp_accuracy: the same for each MTP depth; depth k predicts k + 1 tokens ahead.
+        mtp_loss, mtp_accuracy: the same for each MTP depth; depth k predicts k + 1 tokens ahead (0 where
+            no document is long enough for it).
         maximum_violation, dead_experts: per router; see `RouterLoads`.
         expert_share: per router, the share of tokens of each expert, largest first.
     """
@@ -82,8 +83,8 @@ def evaluate_windows(
         tokens=count[0],
         loss=nats[0] / count[0],
         accuracy=right[0] / count[0],
-        mtp_loss=[n / c for n, c in zip(nats[1:], count[1:], strict=True)],
-        mtp_accuracy=[r / c for r, c in zip(right[1:], count[1:], strict=True)],
+        mtp_loss=[n / max(1, c) for n, c in zip(nats[1:], count[1:], strict=True)],
+        mtp_accuracy=[r / max(1, c) for r, c in zip(right[1:], count[1:], strict=True)],
         maximum_violation=loads.maximum_violation(),
         dead_experts=loads.dead_experts(),
         expert_share=shares,

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..modeling.latent_moe import NemotronHExperts, NemotronHTopkRouter
 from ..modeling.modeling_nemotron_h import NemotronHPreTrainedModel
+from ..modeling.quantized_layers import QuantizedLinear
 
 _EXPERT_TENSORS = ("up_proj", "down_proj")
 # Matrices that are no linear maps, or that training leaves to other means: a router is steered by its correction bias.
@@ -67,7 +68,7 @@ def lora_targets(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[list[st
     for name, module in model.named_modules():
         if isinstance(module, NemotronHExperts):
             parameters += [full for tensor in _EXPERT_TENSORS if wanted(full := f"{name}.{tensor}")]
-        elif type(module) is nn.Linear:
+        elif isinstance(module, nn.Linear):  # quantised ones too
             modules += [name] if wanted(name) else []
         elif not isinstance(module, _NOT_ADAPTED):
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -75,7 +76,7 @@ def lora_targets(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[list[st
                 if value.dim() >= 2 and wanted(f"{name}.{tensor}"):
                     raise ValueError(
                         f"{name}.{tensor}: no adapter is known for a {type(module).__name__}; it would be left out. "
-                        f"Say so with exclude=[{name!r}]."
+                        f"Say so with exclude=[{name.rpartition('.')[2]!r}]."
                     )
     if unused:
         raise ValueError(f"`exclude` names what the model does not have: {', '.join(sorted(unused))}.")
@@ -141,9 +142,14 @@ def adapted_names(model: PeftModel) -> set[str]:
 def export_merged(model: PeftModel, folder: Path | str) -> nn.Module:
     """Add the adapters into the weights, save the model in the published layout, and return it.
 
+    Quantised weights are dequantised first: what was learned would vanish in rounding. Quantise the result again if wanted.
+
     Raises:
         ValueError: a merged weight that is not finite, from PEFT.
     """
+    base = model.get_base_model()
+    if any(isinstance(module, QuantizedLinear) for module in base.modules()):
+        base.dequantize()
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(folder)
     return merged

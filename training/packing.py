@@ -21,7 +21,8 @@ class PackedWindows(Dataset):
         first_id: the id that begins a document.
         offset: tokens skipped at the start, so that another epoch cuts elsewhere.
 
-    Items are dicts of `input_ids`, `labels` (int64) and `seq_idx` (int32), each (length,).
+    Items are dicts of `input_ids`, `labels` (int64) and `seq_idx` (int32), each (length,). Where a document begins the label
+    is -100: nothing predicts it, and `Trainer` must not count it.
     """
 
     def __init__(self, stream: np.ndarray, length: int, first_id: int = 1, offset: int = 0):
@@ -37,7 +38,7 @@ class PackedWindows(Dataset):
         ids = torch.from_numpy(self.stream[start : start + self.length].astype(np.int64))
         return {
             "input_ids": ids,
-            "labels": ids.clone(),
+            "labels": ids.masked_fill(ids == self.first_id, -100),
             "seq_idx": (ids == self.first_id).cumsum(0, dtype=torch.int32),
         }
 

@@ -93,8 +93,10 @@ def run(config: RunConfig) -> dict[str, Any]:
             return None
         return evaluate_windows(trainer.model, heldout, config.rows_per_device, progress=first, collate_fn=collator)
 
-    trainer.model.to(arguments.device)
-    before = evaluate()
+    before = None
+    if not config.trainer.get("fsdp"):  # until it is sharded, such a model may not fit a device
+        trainer.model.to(arguments.device)
+        before = evaluate()
     with allow_out_proj():
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     after = evaluate()
@@ -158,6 +160,13 @@ def _arguments(config: RunConfig) -> TrainingArguments:
     twice = sorted(ours.keys() & config.trainer.keys() - {"report_to"})
     if twice:
         raise ConfigError(f"`trainer` sets what keys of their own say: {', '.join(twice)}.")
+    if config.trainer.get("fsdp") and config.dtype != "float32":
+        raise ConfigError(
+            f"`dtype` is {config.dtype} with FSDP, which shards parameters of one dtype only: use float32 (these are then the "
+            "master weights) and `trainer: {bf16: true}` to compute in bfloat16."
+        )
+    if config.trainer.get("fsdp") and isinstance(config, LoraRunConfig) and config.merge:
+        raise ConfigError("`merge` needs whole weights, and FSDP shards them: set it to false and merge afterwards.")
     arguments = TrainingArguments(**{**ours, **config.trainer})
     at_once = config.rows_per_device * arguments.world_size
     if config.rows_per_step % at_once:
@@ -187,18 +196,17 @@ def _model(config: RunConfig) -> nn.Module:
 
 def _save(config: RunConfig, trainer: NemotronTrainer, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(config, LoraRunConfig):
-        if trainer.is_world_process_zero():
-            model.save_pretrained(output / "adapter")
-            if config.merge:
-                export_merged(model, output)
-                tokenizer.save_pretrained(output)
-        return
-    model.to(getattr(torch, config.dtype))  # float32 master weights as the published layout has them
-    model.config.use_cache = True  # training may have turned it off
-    trainer.save_model(str(output))  # with the tokenizer
+    lora = isinstance(config, LoraRunConfig)
+    folder = output / "adapter" if lora else output
+    if not lora:
+        model.to(getattr(torch, config.dtype))  # float32 master weights as the published layout has them
+        model.config.use_cache = True  # training may have turned it off
+    trainer.save_model(str(folder))  # with the tokenizer; gathers what is sharded
     if trainer.is_world_process_zero():
-        (output / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says it all
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says it all
+        if isinstance(config, LoraRunConfig) and config.merge:
+            export_merged(model, output)
+            tokenizer.save_pretrained(output)
 
 
 def _check_same_run(config: RunConfig, world_size: int, output: Path) -> None:
@@ -243,10 +251,11 @@ def report(config: RunConfig, summary: dict[str, Any], log: list[dict]) -> str:
     for name in ("loss", "lm_loss", "mtp_loss", "balance_loss", "maximum_violation", "mfu"):
         if name in last:
             lines.append(f"| {name} | {first[name]:.5g} | {last[name]:.5g} |")
-    if summary["before"] and summary["after"]:
-        lines += ["", "| held out | before | after |", "|---|---|---|"]
+    held_out = {when: summary[when] for when in ("before", "after") if summary[when]}
+    if held_out:
+        lines += ["", f"| held out | {' | '.join(held_out)} |", "|---" * (1 + len(held_out)) + "|"]
         for name in ("loss", "accuracy", "mtp_loss", "mtp_accuracy"):
-            cells = (" / ".join(f"{v:.4f}" for v in _list(summary[when][name])) for when in ("before", "after"))
+            cells = (" / ".join(f"{v:.4f}" for v in _list(found[name])) for found in held_out.values())
             lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "![loss](loss.png)"]
     if summary["after"]:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from nemotron_super import NemotronHForCausalLM, preset
+from nemotron_super.training.best_fit import BestFitRows, PadRows
 from nemotron_super.training.corpus import CorpusSource, gather_corpus
+from nemotron_super.training.documents import TokenDocument
 from nemotron_super.training.evaluation import evaluate_windows
 from nemotron_super.training.packing import PackedWindows
 from nemotron_super.training.recipes import nemotron_h_tiny as recipe
@@ -42,6 +44,18 @@ def test_against_a_document_at_a_time(make_model):
     assert model.training
 
 
+def test_padded_rows(make_model):
+    """Rows of different lengths, padded, measure what their documents measure one by one."""
+    model = make_model("ME*", num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*E")
+    generator = torch.Generator().manual_seed(0)
+    source = [TokenDocument(torch.randint(0, 61, (n,), generator=generator).tolist()) for n in (9, 4, 7, 3, 5)]
+    rows = list(BestFitRows(source, 9))
+    found = evaluate_windows(model, rows, batch_size=len(rows), progress=False, collate_fn=PadRows(0))
+    alone = [evaluate_windows(model, list(BestFitRows([d], 9)), 1, False, PadRows(0)) for d in source]
+    assert found.tokens == sum(one.tokens for one in alone) == sum(len(d.input_ids) - 1 for d in source)
+    assert found.loss == pytest.approx(sum(one.loss * one.tokens for one in alone) / found.tokens, rel=1e-5)
+
+
 def test_the_recipe_from_text_to_checkpoint(tmp_path, monkeypatch):
     """All of it, small: corpus, tokenizer, training, evaluation, curves, and a checkpoint that opens again."""
     (tmp_path / "text").mkdir()
@@ -74,11 +88,3 @@ def test_the_recipe_from_text_to_checkpoint(tmp_path, monkeypatch):
     recipe.main(["--output", str(tmp_path / "again"), "--data", str(tmp_path / "out" / "data"), "--prepare-only"])
     assert (tmp_path / "out" / "data" / "train.npy").stat().st_mtime_ns == before
     assert not (tmp_path / "again" / "evaluation.json").exists()
-
-
-@pytest.mark.parametrize("steps", [10, 1500])
-def test_the_schedule(steps):
-    scale = [recipe.learning_rate_scale(step, steps) for step in range(steps + 1)]
-    assert 0 < scale[0] <= 0.5 and scale[-1] == 0.0 and max(scale) <= 1.0
-    peak = scale.index(max(scale))
-    assert scale[: peak + 1] == sorted(scale[: peak + 1]) and scale[peak:] == sorted(scale[peak:], reverse=True)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from nemotron_super import NemotronHForCausalLM
+from nemotron_super import NemotronHForCausalLM, NVFP4Config, quantize_model
 from nemotron_super.training.lora import (
     adapted_names,
     add_lora,
@@ -188,3 +188,22 @@ def test_bfloat16_base(make_model, ids):
     peft_model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
     assert {p.dtype for p in peft_model.merge_and_unload().parameters()} == {torch.bfloat16}
+
+
+def test_over_quantised_weights(make_model, ids, relative, tmp_path):
+    """Every linear map, quantised or not; packed experts have no adapter, and that must be said. Merged in full precision."""
+    sizes = {"hidden_size": 32, "moe_latent_size": 16, "moe_intermediate_size": 32, "intermediate_size": 48}
+    quantized = quantize_model(make_model("ME*-", **MTP, **sizes), NVFP4Config(recipe="nvfp4"))
+    with pytest.raises(
+        ValueError, match=r"QuantizedExperts; it would be left out\. Say so with exclude=\['experts'\]"
+    ):
+        add_lora(quantized, r=2)
+    peft_model = randomized(quantized, exclude=["experts"])
+    linears = {n for n, m in make_model("ME*-", **MTP, **sizes).named_modules() if isinstance(m, nn.Linear)}
+    assert adapted_names(peft_model) == linears
+    peft_model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for name, p in peft_model.named_parameters() if "lora_" in name)
+    expected = all_logits(peft_model.eval(), ids)
+    merged = export_merged(peft_model, tmp_path)
+    assert relative(all_logits(merged, ids), expected) < 1e-4
+    assert all_logits(NemotronHForCausalLM.from_pretrained(tmp_path), ids).equal(all_logits(merged, ids))

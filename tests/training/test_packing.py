@@ -24,7 +24,8 @@ def test_windows_are_consecutive(length, offset):
 
 def test_an_item():
     item = PackedWindows(STREAM, 6)[1]
-    assert item["input_ids"].tolist() == item["labels"].tolist() == [1, 3, 4, 5, 6, 2]
+    assert item["input_ids"].tolist() == [1, 3, 4, 5, 6, 2]
+    assert item["labels"].tolist() == [-100, 3, 4, 5, 6, 2]
     item = PackedWindows(STREAM, 8, offset=2)[0]
     assert item["input_ids"].tolist() == [8, 9, 2, 1, 1, 3, 4, 5]
     assert item["seq_idx"].tolist() == [0, 0, 0, 1, 2, 2, 2, 2]

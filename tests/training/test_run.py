@@ -171,7 +171,8 @@ def test_recipes(recipe):
     size, kind = recipe.stem.split("_")
     config = KINDS[kind].load(recipe)
     assert config.rows_per_step % config.rows_per_device == 0
-    assert (config.dtype == "bfloat16") == (size == "super")
+    assert bool(config.trainer.get("fsdp")) == bool(config.trainer.get("bf16")) == (size == "super")
+    assert config.dtype == "float32", "FSDP shards parameters of one dtype"
 
 
 def test_there_is_a_recipe_for_every_command_and_size():
@@ -239,6 +240,7 @@ def test_numbers_without_a_dot():
     [
         ({"trainer": {"bf17": True}}, "`trainer` has keys that TrainingArguments does not know: bf17"),
         ({"trainer": {"weight_decay": 1.0}}, "`trainer` sets what keys of their own say: weight_decay"),
+        ({"dtype": "bfloat16", "trainer": {"fsdp": True}}, "`dtype` is bfloat16 with FSDP"),
         ({"rows_per_step": 3}, "`rows_per_step` is 3: it must be a multiple of the 2 rows"),
         ({"model": "preset:tiny"}, "`model` is preset:tiny, which has no tokenizer"),
         ({"data": "nowhere.jsonl"}, "no such file"),

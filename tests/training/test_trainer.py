@@ -255,12 +255,13 @@ def test_attended_pairs():
     assert attended_pairs(None, 2, 4) == 2 * 10
 
 
-def run(output, *arguments, processes=1, check=True):
+def run(output, *arguments, script=SCRIPT, processes=None, check=True):
+    """Start a training process, or several under torchrun where a number of them is given; return the exit status."""
     command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29653"]
+    if processes is not None:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
-        [*command, str(SCRIPT), str(output), *arguments], capture_output=True, text=True, timeout=240
+        [*command, str(script), str(output), *arguments], capture_output=True, text=True, timeout=240
     )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done.returncode
@@ -278,6 +279,7 @@ def whole(tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(whole, tmp_path):
     """Same losses, parts and expert loads over 50 steps, with gradients summed over two ranks."""
     run(tmp_path, "--steps", "50", "--batch", "2", processes=2)
@@ -291,6 +293,7 @@ def test_two_processes_train_as_one(whole, tmp_path):
         assert b["maximum_violation"] == pytest.approx(a["maximum_violation"], abs=0.1)
 
 
+@pytest.mark.slow
 def test_conversation_means_over_two_processes(tmp_path):
     options = ("--steps", "5", "--loss-over", "conversations")
     run(tmp_path / "one", *options, "--batch", "4")
@@ -299,6 +302,7 @@ def test_conversation_means_over_two_processes(tmp_path):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(whole, tmp_path):
     """SIGKILL in the middle of an epoch, between two checkpoints: the resumed run ends with the same bytes."""
     assert run(tmp_path, "--steps", "50", "--kill-at", "13", check=False) == -9
@@ -310,3 +314,14 @@ def test_killed_and_resumed(whole, tmp_path):
     assert [{k: e[k] for k in same} for e in logged(tmp_path)] == [{k: e[k] for k in same} for e in logged(whole)]
     final = Path("final") / "model.safetensors"
     assert (tmp_path / final).read_bytes() == (whole / final).read_bytes()
+
+
+@pytest.mark.slow
+def test_sharded_over_two_processes(tmp_path):
+    """FSDP2 over one process and, with checkpointing, over two: the same losses for 50 steps."""
+    script = SCRIPT.with_name("train_sharded.py")
+    run(tmp_path / "one.json", script=script, processes=1)
+    run(tmp_path / "two.json", "--checkpointing", script=script, processes=2)
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert len(one) == 50 and one[-1] < one[0] - 0.5
+    assert two == pytest.approx(one, rel=1e-5)
