@@ -70,14 +70,10 @@ class ModelOptQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs) -> None:
         if not self.pre_quantized:
             return
-        config = self.quantization_config
-        formats = module_formats(model, config)
         headers = read_dtypes(checkpoint_files or [])
-        with torch.device("meta"):
-            for name, weight_format in formats.items():
-                model.set_submodule(name, _empty(model.get_submodule(name), weight_format))
-            if config.fp8_cache:
-                _add_cache_scales(model, headers)
+        install_empty(model, self.quantization_config)
+        if self.quantization_config.fp8_cache:
+            _add_cache_scales(model, headers)
         check_scale_headers(model, headers)
 
     def update_weight_conversions(self, weight_conversions, model):
@@ -163,6 +159,21 @@ def quantize_model(model: PreTrainedModel, config: NVFP4Config) -> PreTrainedMod
     quantizer = ModelOptQuantizer(_quantize(model, config), pre_quantized=False)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, "modelopt"
     model.config.quantization_config = quantizer.quantization_config
+    return model
+
+
+def install_empty(model: PreTrainedModel, config: NVFP4Config) -> PreTrainedModel:
+    """Put quantised modules without values in the place of those that `config` wants quantised, all on the meta device.
+
+    For a model that is itself on the meta device: to be loaded into, or, through `to_empty`, to be filled otherwise.
+
+    Raises:
+        ValueError: what `module_formats` refuses.
+    """
+    config = config if config.recipe is None else resolve_recipe(model, config.recipe)
+    with torch.device("meta"):
+        for name, weight_format in module_formats(model, config).items():
+            model.set_submodule(name, _empty(model.get_submodule(name), weight_format))
     return model
 
 
