@@ -27,6 +27,7 @@ from .modeling.modeling_nemotron_h import (
     NemotronHPreTrainedModel,
 )
 from .modeling.quantized_layers import simulate_activations
+from .modeling.snapshot import load_snapshot, save_snapshot
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,8 +42,10 @@ __all__ = [
     "NemotronHModel",
     "NemotronHPreTrainedModel",
     "calibrate",
+    "load_snapshot",
     "preset",
     "quantize_model",
+    "save_snapshot",
     "simulate_activations",
 ]
 

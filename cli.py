@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from .training.run_config import ConfigError, LoraRunConfig, PretrainConfig, RunConfig, SftConfig, describe
 
 TINY = Path(__file__).parent / "model_card" / "nemotron-h-tiny"
 
@@ -36,6 +39,32 @@ def generate(arguments: argparse.Namespace) -> None:
     model.generate(**inputs.to(model.device), generation_config=settings, streamer=streamer)
 
 
+def hand_over(arguments: argparse.Namespace) -> None:
+    """transformers' own command, with this implementation in place of its `nemotron_h`."""
+    import transformers
+    from transformers.cli.transformers import app
+
+    from .modeling.modeling_nemotron_h import NemotronHForCausalLM
+
+    # `transformers serve` does not ask the Auto classes: it looks the architecture up by name.
+    transformers.NemotronHForCausalLM = NemotronHForCausalLM
+    app([arguments.command, *arguments.rest], prog_name="nemotron-super")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Run what a YAML file describes; with several devices, start it by `accelerate launch -m nemotron_super.cli`."""
+    from .training.documents import DataError
+    from .training.run import run
+    from .training.trainer import TrainingStoppedError
+
+    try:
+        config: RunConfig = arguments.kind.load(arguments.config)
+        run(config)
+    except (ConfigError, DataError, TrainingStoppedError) as error:
+        raise SystemExit(f"nemotron-super {arguments.command}: {error}") from error
+    print(f"Done: {Path(config.output) / 'REPORT.md'}")
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the command's parser."""
     top = argparse.ArgumentParser(prog="nemotron-super", description="Nemotron 3 Super for transformers.")
@@ -51,12 +80,29 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     one.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
     one.set_defaults(run=generate)
+    for name, what in (("serve", "serve a checkpoint over HTTP"), ("chat", "chat with a served model")):
+        commands.add_parser(name, help=f"{what}, as `transformers {name}`", add_help=False)
+    for name, kind in (("pretrain", PretrainConfig), ("sft", SftConfig), ("lora", LoraRunConfig)):
+        doc = kind.__doc__ or ""
+        one = commands.add_parser(
+            name,
+            help=doc[0].lower() + doc[1:].rstrip("."),
+            description=doc,
+            epilog=f"Keys of the file, with their defaults:\n{describe(kind)}".replace("%", "%%"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        one.add_argument("--config", required=True, type=Path, help="YAML file; recipes are in training/recipes/")
+        one.set_defaults(run=train, kind=kind)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `nemotron-super` command."""
-    arguments = parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] in (["serve"], ["chat"]):  # their options are transformers'
+        hand_over(argparse.Namespace(command=given[0], rest=given[1:]))
+        return
+    arguments = parser().parse_args(given)
     arguments.run(arguments)
 
 

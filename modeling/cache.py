@@ -1,7 +1,7 @@
 """The hybrid cache: keys and values for attention layers, convolution window and SSM state for Mamba-2 layers.
 
-It is transformers' `DynamicCache` with what its Mamba layers lack: selecting and repeating batch rows, and a length for
-models without any attention layer.
+It is transformers' `DynamicCache` with what its Mamba layers lack: selecting and repeating batch rows, taking back the
+newest tokens, and a length for models without any attention layer.
 """
 
 from __future__ import annotations
@@ -12,13 +12,72 @@ from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin,
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 
+# How many of the newest tokens a recorded past can take back.
+ROLLBACK_LIMIT = 64
+
 
 class Mamba2CacheLayer(LinearAttentionLayer):
     """State of one Mamba-2 layer.
 
     `conv_states[0]`: (batch, channels, conv_kernel), the last inputs of the convolution, oldest first.
     `recurrent_states[0]`: (batch, heads, head_dim, state_size) in `config.mamba_ssm_cache_dtype`.
+
+    A recurrent state cannot be taken back, so while the past is recorded (`activate_past_recording`) the newest tokens
+    stay out of it: `pending` holds their inputs, (batch, tokens, channels + heads), at most `ROLLBACK_LIMIT` tokens, a
+    few kilobytes each where a state has megabytes. `crop` shortens `pending`; the mixer then replays what is left.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pending: torch.Tensor | None = None
+        self.pending_lengths: torch.Tensor | None = None  # (batch,) int64, where rows keep different numbers
+        self.settled = False  # `crop` has been called: what is pending will not be taken back any more
+
+    @property
+    def is_croppable(self) -> bool:
+        """True: `crop` puts the layer back exactly, provided that the past is recorded."""
+        return True
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs
+    ) -> torch.Tensor:
+        """Store a whole window, (batch, channels, conv_kernel), at the address the state always has."""
+        if not self.is_conv_states_initialized[state_idx]:
+            self.lazy_initialization(conv_states=conv_states, state_idx=state_idx, conv_kernel_size=conv_kernel_size)
+        self.has_previous_state[state_idx] = True
+        stored = self.conv_states[state_idx]
+        assert stored is not None
+        return stored.copy_(conv_states)
+
+    def keep_pending(self, inputs: torch.Tensor | None) -> None:
+        """Called by the mixer: `inputs` are the newest tokens, not yet part of the states."""
+        self.pending, self.pending_lengths, self.settled = inputs, None, False
+
+    def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
+        """Take back the last `-tokens_to_remove` tokens: a number <= 0, or one for each row, (batch,).
+
+        Raises:
+            RuntimeError: the past is not recorded, or does not reach that far.
+        """
+        if not self.record_past:
+            raise RuntimeError(
+                "`crop` needs a recorded past: call `cache.activate_past_recording()` before the forward."
+            )
+        per_row = isinstance(tokens_to_remove, torch.Tensor)
+        most = int(-tokens_to_remove.min()) if per_row else abs(tokens_to_remove)
+        held = 0 if self.pending is None else self.pending.shape[1]
+        if most > held:
+            raise RuntimeError(f"`crop` was asked to take back {most} tokens but only the last {held} are recorded.")
+        self.settled = True
+        if self.pending is None:
+            return
+        if per_row:
+            before = held if self.pending_lengths is None else self.pending_lengths
+            self.pending_lengths = before + tokens_to_remove.to(self.pending.device)
+            held = int(self.pending_lengths.max())
+        else:
+            held -= most
+        self.pending = self.pending[:, :held] if held else None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
@@ -28,11 +87,30 @@ class Mamba2CacheLayer(LinearAttentionLayer):
         """Keep the rows `indices`, in that order."""
         self._map_states(lambda state: state[indices.to(state.device)])
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def offload(self) -> None:
+        """Move the layer to CPU memory."""
+        self._map_states(lambda state: state.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Bring the layer back to its device."""
+        self._map_states(lambda state: state.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        """Forget every token."""
+        super().reset()
+        self.keep_pending(None)
+
     def _map_states(self, function) -> None:
         for states in (self.conv_states, self.recurrent_states):
             for index, state in states.items():
                 if state is not None:
                     states[index] = function(state)
+        self.pending = None if self.pending is None else function(self.pending)
+        self.pending_lengths = None if self.pending_lengths is None else function(self.pending_lengths)
 
 
 class HybridCache(DynamicCache):
@@ -72,10 +150,61 @@ class HybridCache(DynamicCache):
             return super().get_mask_sizes(query_length, layer_idx)
         return self._tokens_seen + query_length, 0
 
+    def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
+        """Take back the last `-tokens_to_remove` positions exactly; needs `activate_past_recording()` beforehand.
+
+        With one number for each row, (batch,), attention keys are removed as far as all rows agree. Where a row gives
+        back more, its keys stay in place and the caller must mask them: without position encoding, where a key lies in
+        the cache does not matter.
+
+        Raises:
+            RuntimeError: the past is not recorded, or does not reach that far.
+        """
+        common = int(tokens_to_remove.max()) if isinstance(tokens_to_remove, torch.Tensor) else tokens_to_remove
+        if common > 0:
+            raise ValueError(f"`tokens_to_remove` is {common}: give 0 or a negative number of tokens to take back.")
+        for layer in self.layers:
+            if isinstance(layer, Mamba2CacheLayer):
+                layer.crop(tokens_to_remove)
+            elif layer.is_initialized and common:
+                layer.crop(common)
+        self._tokens_seen += common
+
     def reset(self) -> None:
         super().reset()
         self._tokens_seen = 0
         self.holds_packed_documents = False
+
+
+class MTPCache(DynamicCache):
+    """Keys and values of the MTP head's attention layers, which are numbered behind the backbone's."""
+
+    def __init__(self, config: NemotronHConfig):
+        super().__init__()
+        self._first_layer = config.num_hidden_layers
+        self._tokens_seen = 0
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        return super().update(key_states, value_states, layer_idx - self._first_layer, *args, **kwargs)
+
+    def note_tokens(self, count: int) -> None:
+        """Called once per application of the head."""
+        self._tokens_seen += count
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of positions seen so far."""
+        return self._tokens_seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Number of keys that `query_length` new positions may see, and the position of the first of them."""
+        return self._tokens_seen + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` positions."""
+        for layer in self.layers:
+            if layer.is_initialized and tokens_to_remove:
+                layer.crop(tokens_to_remove)
+        self._tokens_seen += tokens_to_remove
 
 
 def check_cache(cache: Cache, config: NemotronHConfig, batch: int) -> None:

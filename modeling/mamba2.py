@@ -17,6 +17,7 @@ from ..configuration.configuration_nemotron_h import NemotronHConfig
 from ..kernels_hub.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
 from ..kernels_hub.reference.selective_state_update import selective_state_update
 from ..kernels_hub.reference.ssd_chunk_scan import ssd_chunk_scan
+from .cache import ROLLBACK_LIMIT, Mamba2CacheLayer
 from .norms import NemotronHGatedRMSNorm
 from .token_layout import TokenLayout
 
@@ -66,13 +67,71 @@ class NemotronHMamba2Mixer(nn.Module):
         self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
 
     def forward(self, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None) -> Tensor:
-        conv_state = ssm_state = None
-        if cache is not None:
-            conv_state = cache.get_conv_state(self.layer_idx)
-            ssm_state = cache.get_recurrent_state(self.layer_idx)
-            if conv_state is not None and hidden_states.shape[1] == 1:
-                return self._one_token(hidden_states, layout, conv_state, ssm_state)
+        if cache is None:
+            return self._sequence(hidden_states, layout, None, None)[0]
+        states = self._settled_states(cache)
+        if cache.is_recording_past(self.layer_idx) and layout.padding is None and layout.seq_idx is None:
+            return self._recorded(hidden_states, layout, cache, *states)
+        if states[0] is not None and hidden_states.shape[1] == 1:
+            return self._one_token(hidden_states, layout, *states)
+        out, *states = self._sequence(hidden_states, layout, *states)
+        self._store(cache, *states)
+        return out
 
+    def _settled_states(self, cache: Cache) -> tuple[Tensor | None, Tensor | None]:
+        """Convolution and SSM state with every token in them that will not be taken back any more."""
+        states = cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
+        layer = cache.layers[self.layer_idx]
+        if not isinstance(layer, Mamba2CacheLayer) or layer.pending is None:
+            return states
+        if layer.settled or not layer.record_past:
+            _, *states = self._recur(*self._split(layer.pending), *states, None, layer.pending_lengths)
+            self._store(cache, *states)
+            layer.keep_pending(None)
+        return cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
+
+    def _recorded(
+        self,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        cache: Cache,
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
+    ) -> Tensor:
+        """As `_sequence`, with the newest tokens kept out of the cached states, as inputs that can be replayed."""
+        layer, length = cache.layers[self.layer_idx], hidden_states.shape[1]
+        parts, pending = [], layer.pending
+        if length > ROLLBACK_LIMIT:
+            if pending is not None:
+                _, conv_state, ssm_state = self._recur(*self._split(pending), conv_state, ssm_state)
+                pending = None
+            older = hidden_states[:, :-ROLLBACK_LIMIT]
+            out, conv_state, ssm_state = self._sequence(older, layout, conv_state, ssm_state)
+            conv_state, ssm_state = self._store(cache, conv_state, ssm_state)
+            parts.append(out)
+            hidden_states = hidden_states[:, -ROLLBACK_LIMIT:]
+        z, inputs = self.in_proj(hidden_states).tensor_split([self.intermediate_size], dim=-1)
+        new = inputs.shape[1]
+        inputs = inputs if pending is None else torch.cat([pending, inputs], dim=1)
+        excess = inputs.shape[1] - ROLLBACK_LIMIT
+        if excess > 0:
+            _, conv_state, ssm_state = self._recur(*self._split(inputs[:, :excess]), conv_state, ssm_state)
+            conv_state, ssm_state = self._store(cache, conv_state, ssm_state)
+            inputs = inputs[:, excess:]
+        layer.keep_pending(inputs.contiguous())
+        y = self._recur(*self._split(inputs), conv_state, ssm_state)[0][:, -new:]
+        parts.append(self.out_proj(self.norm(y, z)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _store(self, cache: Cache, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        cache.update_conv_state(conv_state, self.layer_idx, conv_kernel_size=self.conv_kernel)
+        cache.update_recurrent_state(ssm_state.to(self.cache_dtype), self.layer_idx)
+        return cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
+
+    def _sequence(
+        self, hidden_states: Tensor, layout: TokenLayout, conv_state: Tensor | None, ssm_state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A whole call. Returns the output (batch, seq, hidden) and the states after each row's last token."""
         padding, seq_idx, lengths = layout.padding, layout.compact_documents(), None
         if padding is not None:
             lengths, hidden_states = padding.lengths, padding.compact(hidden_states)
@@ -97,11 +156,8 @@ class NemotronHMamba2Mixer(nn.Module):
                 out[:, start:end], conv_state, ssm_state = self._mix(
                     hidden_states[:, start:end], conv_state, ssm_state, ids, here
                 )
-
-        if cache is not None:
-            cache.update_conv_state(conv_state, self.layer_idx, conv_kernel_size=self.conv_kernel)
-            cache.update_recurrent_state(ssm_state.to(self.cache_dtype), self.layer_idx)
-        return out if padding is None else padding.restore(out)
+        assert conv_state is not None and ssm_state is not None
+        return (out if padding is None else padding.restore(out)), conv_state, ssm_state
 
     def _mix(
         self,
@@ -112,8 +168,24 @@ class NemotronHMamba2Mixer(nn.Module):
         lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One stretch of sequence, real tokens first. Returns the output and the states after each row's last token."""
-        batch, length, _ = hidden_states.shape
         z, conv_in, dt = self._project(hidden_states)
+        y, conv_state, ssm_state = self._recur(conv_in, dt, conv_state, ssm_state, seq_idx, lengths)
+        return self.out_proj(self.norm(y, z)), conv_state, ssm_state
+
+    def _recur(
+        self,
+        conv_in: Tensor,
+        dt: Tensor,
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
+        seq_idx: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The part with memory, from what `in_proj` gives: conv_in (batch, seq, conv_dim) and dt (batch, seq, heads).
+
+        Returns y (batch, seq, heads * head_dim) and the states after the first `lengths` tokens of each row.
+        """
+        batch, length, _ = conv_in.shape
         xBC = self.conv1d(conv_in, conv_state, seq_idx)
         x, B, C = xBC.split([self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1)
         dt = self._time_step(dt)
@@ -131,8 +203,7 @@ class NemotronHMamba2Mixer(nn.Module):
             initial_state=ssm_state,
             seq_idx=seq_idx,
         )
-        out = self.out_proj(self.norm(y.view(batch, length, -1), z))
-        return out, self._window(conv_in, conv_state, seq_idx, lengths), ssm_state
+        return y.view(batch, length, -1), self._window(conv_in, conv_state, seq_idx, lengths), ssm_state
 
     def _one_token(self, hidden_states: Tensor, layout: TokenLayout, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """Decoding: advance both states in place by one token."""
@@ -157,6 +228,10 @@ class NemotronHMamba2Mixer(nn.Module):
             self.D,
         )
         return self.out_proj(self.norm(y.view(batch, -1), z)).unsqueeze(1)
+
+    def _split(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """conv_in and dt of recorded inputs (batch, tokens, conv_dim + heads)."""
+        return inputs.split([self.conv_dim, self.num_heads], dim=-1)
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)

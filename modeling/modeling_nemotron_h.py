@@ -26,11 +26,12 @@ from ..configuration.configuration_nemotron_h import NemotronHConfig
 from .attention import NemotronHAttention
 from .block import NemotronHBlock
 from .cache import HybridCache, check_cache
+from .generation import check_mtp_options, generate_with_mtp
 from .latent_moe import NemotronHExperts, NemotronHTopkRouter
 from .mamba2 import NemotronHMamba2Mixer
 from .mtp import NemotronHMTP
 from .norms import NemotronHRMSNorm
-from .objective import mtp_loss, next_token_loss
+from .objective import cross_entropy_ahead, mtp_cross_entropy
 from .published_state import take_published_names
 from .quantization_file import drop_quantization, find_quantization
 from .remote_code import AUTO_MAP, STUB_FILE, write_stub
@@ -55,7 +56,6 @@ class NemotronHPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
-    _is_stateful = True
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": NemotronHBlock,
         "attentions": OutputRecorder(NemotronHAttention, index=1),
@@ -279,7 +279,8 @@ class NemotronHCausalLMOutput(MoeCausalLMOutputWithPast):
 
     Args:
         loss: what to minimise: `lm_loss`, plus the scaled `mtp_loss` where MTP ran.
-        lm_loss: next-token cross entropy, in nats per token.
+        logits: (batch, seq, vocab); None while training on labels, unless asked for with `output_logits=True`.
+        lm_loss: next-token cross entropy, in nats per token, where MTP ran (otherwise it is `loss`).
         mtp_loss: mean over depths of the MTP cross entropies, before scaling.
         mtp_logits: one (batch, seq, vocab) tensor per depth; position t of entry k predicts token t + k + 2.
     """
@@ -329,6 +330,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         cu_seq_lens_q: Tensor | Sequence[int] | None = None,
         output_mtp_logits: bool | None = None,
         mtp_num_depths: int | None = None,
+        output_logits: bool | None = None,
+        loss_weights: Tensor | None = None,
         **kwargs,
     ) -> NemotronHCausalLMOutput:
         """Predict the next token and, when training or asked to, the tokens after it.
@@ -339,10 +342,15 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             logits_to_keep: the last so many positions get logits (0: all), or the positions themselves.
             output_mtp_logits: return `mtp_logits`. Needs the whole sequence in one call, without a filled cache.
             mtp_num_depths: how many depths to run instead of `config.mtp_num_depths`.
+            output_logits: whether to return `logits`. By default yes, but not while training on `labels`: there they are
+                the largest tensor of all, and the loss is computed without holding them.
+            loss_weights: (batch, seq), what each label counts in the loss; by default 1.
+            num_items_in_batch: what the summed losses are divided by, as transformers' `Trainer` gives it; by default
+                each term's sum of weights.
             Others: as in `NemotronHModel`.
 
         Raises:
-            ValueError: labels of another shape than the inputs, MTP asked of a model without it or with a filled cache,
+            ValueError: labels or weights of another shape than the inputs, MTP asked of a model without it or with a filled cache,
                 `logits_to_keep` together with `labels`.
         """
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
@@ -352,24 +360,27 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         layout, inputs_embeds = self.model.prepare_inputs(
             input_ids, attention_mask, position_ids, cache, inputs_embeds, seq_idx, cu_seq_lens_q
         )
-        if labels is not None and labels.shape != inputs_embeds.shape[:2]:
-            raise ValueError(
-                f"`labels` has shape {tuple(labels.shape)} but the inputs have shape {tuple(inputs_embeds.shape[:2])}."
-            )
+        for name, given in (("labels", labels), ("loss_weights", loss_weights)):
+            if given is not None and given.shape != inputs_embeds.shape[:2]:
+                raise ValueError(
+                    f"`{name}` has shape {tuple(given.shape)} but the inputs have shape {tuple(inputs_embeds.shape[:2])}."
+                )
         items = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(inputs_embeds=inputs_embeds, cache=cache, use_cache=use_cache, layout=layout, **kwargs)
         hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        mtp_logits: tuple[Tensor, ...] | None = None
-        if depths:
-            ahead = self.mtp(hidden_states, inputs_embeds, layout, depths)
+        logits = mtp_logits = None
+        if output_logits or (output_logits is None and not (self.training and labels is not None)):
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        ahead = self.mtp(hidden_states, inputs_embeds, layout, depths) if depths else []
+        if output_mtp_logits:
             mtp_logits = tuple(self.lm_head(slice_logits_to_keep(h, logits_to_keep)) for h in ahead)
 
         loss = lm_term = mtp_term = None
         if labels is not None:
-            loss = lm_term = next_token_loss(self.loss_function, logits, labels, 1, layout, items)
-            if mtp_logits:
-                mtp_term = mtp_loss(self.loss_function, mtp_logits, labels, layout, items)
+            head = self.lm_head
+            loss = lm_term = cross_entropy_ahead(head, hidden_states, labels, 1, layout, items, loss_weights, logits)
+            if ahead:
+                mtp_term = mtp_cross_entropy(head, ahead, labels, layout, items, loss_weights, mtp_logits)
                 loss = lm_term + self.config.mtp_loss_scaling_factor * mtp_term
 
         return NemotronHCausalLMOutput(
@@ -381,7 +392,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
             lm_loss=lm_term if mtp_term is not None else None,
             mtp_loss=mtp_term,
-            mtp_logits=mtp_logits if output_mtp_logits else None,
+            mtp_logits=mtp_logits,
         )
 
     def _mtp_depths(
@@ -402,6 +413,37 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             raise ValueError("`mtp_logits` need the whole sequence in one call: pass `cache=None`.")
         return self.config.mtp_num_depths if depths is None else depths
 
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        # transformers' defaults for drafts (20 tokens, a threshold) are made for another model as the drafter.
+        given = (
+            kwargs,
+            vars(generation_config) if generation_config is not None else {},
+            vars(self.generation_config),
+        )
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if prepared.use_mtp:
+            if all(source.get("num_assistant_tokens") is None for source in given):
+                prepared.num_assistant_tokens = self.config.mtp_num_depths
+            if all(source.get("assistant_confidence_threshold") is None for source in given):
+                prepared.assistant_confidence_threshold = 0.0
+        return prepared, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        if generation_config.use_mtp:
+            check_mtp_options(self, generation_config, generation_mode_kwargs.get("assistant_model"))
+        else:
+            super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _assisted_decoding(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, inputs_tensor=None, **kwargs
+    ):
+        # `generate` looks the decoding loop up by this name, for every kind of drafts.
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if not generation_config.use_mtp:
+            return super()._assisted_decoding(*arguments, inputs_tensor=inputs_tensor, **kwargs)
+        names = ("streamer", "cache", "attention_mask", "inputs_embeds")
+        return generate_with_mtp(self, *arguments, **{name: kwargs.get(name) for name in names})
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # generate() would make a plain DynamicCache, whose Mamba layers cannot select or repeat rows. And no cache of
         # transformers' knows its length without an attention layer.
@@ -411,6 +453,15 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         attends = "full_attention" in self.config.layers_block_type
         if given is None and made is not None and (type(made) is DynamicCache or not attends):
             model_kwargs["cache"] = HybridCache(self.config, offloading=made.offloading)
+            if generation_config.is_assistant:
+                model_kwargs["cache"].activate_past_recording()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: transformers' continuous batching pages keys and values, and knows no recurrent state."""
+        raise ValueError(
+            "Continuous batching (`generate_batch`, `cache_implementation='paged'`, `serve --continuous-batching`) cannot hold "
+            "the recurrent state of Mamba-2 layers. Use `generate` with a left-padded batch, or serve without it."
+        )
 
     @staticmethod
     @_accept_old_cache_name

@@ -71,8 +71,15 @@ class NemotronHMTP(nn.Module):
         outputs = []
         for depth in range(depths):
             next_embeds = layout.ahead(inputs_embeds, depth + 1, fill=0.0)
-            first = depth % self.physical_depths * self.layers_per_depth
-            for layer in self.layers[first : first + self.layers_per_depth]:
-                hidden_states = layer(hidden_states, next_embeds, layout=layout, **kwargs)
+            hidden_states = self.apply_depth(depth, hidden_states, next_embeds, layout, **kwargs)
             outputs.append(hidden_states)
         return outputs
+
+    def apply_depth(
+        self, depth: int, hidden_states: Tensor, next_embeds: Tensor, layout: TokenLayout, **kwargs
+    ) -> Tensor:
+        """One depth, counted from 0: (batch, seq, hidden) outputs of the depth before and embeddings of what follows."""
+        first = depth % self.physical_depths * self.layers_per_depth
+        for layer in self.layers[first : first + self.layers_per_depth]:
+            hidden_states = layer(hidden_states, next_embeds, layout=layout, **kwargs)
+        return hidden_states

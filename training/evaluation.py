@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..modeling.token_layout import TokenLayout
 from .load_balancing import RouterLoads
-from .packing import PackedWindows
 
 
 @dataclass
@@ -43,20 +43,28 @@ class HeldOut:
 
 
 @torch.inference_mode()
-def evaluate_windows(model: nn.Module, windows: PackedWindows, batch_size: int = 8, progress: bool = True) -> HeldOut:
+def evaluate_windows(
+    model: nn.Module,
+    windows: Dataset | Sequence[dict],
+    batch_size: int = 8,
+    progress: bool = True,
+    collate_fn: Callable | None = None,
+) -> HeldOut:
     """Run `model` over every window and average over predicted tokens.
 
     Args:
         model: a `NemotronHForCausalLM`; evaluated in its own dtype, on its own device.
-        windows: held-out windows; targets never cross a document or a window.
+        windows: held-out windows or packed rows, with `seq_idx`; targets never cross a document or a window.
         batch_size: windows per forward.
+        collate_fn: makes a batch of rows of different lengths, padded on the right.
     """
     was_training = model.training
     model.eval()
     loads = RouterLoads(model)
     depths = model.config.mtp_num_depths if model.mtp is not None else 0
     nats, right, count = [0.0] * (depths + 1), [0] * (depths + 1), [0] * (depths + 1)
-    for batch in tqdm(DataLoader(windows, batch_size=batch_size), desc="held-out", disable=not progress):
+    loader: DataLoader = DataLoader(windows, batch_size=batch_size, collate_fn=collate_fn)
+    for batch in tqdm(loader, desc="held-out", disable=not progress):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
         layout = TokenLayout(attention_mask=None, padding=None, seq_idx=batch["seq_idx"], documents=None)

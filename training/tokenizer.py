@@ -32,6 +32,24 @@ RESERVED_TOKENS = tuple(
     _CONTROL_TOKENS.get(i) or _VISIBLE_TOKENS.get(i) or f"<SPECIAL_{i}>" for i in range(FIRST_ORDINARY_ID)
 )
 
+# How servers take an answer apart: reasoning, tool calls and text, in transformers' format for `parse_response`.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
+        "tool_calls": {
+            "open_pattern": r"\s*<tool_call>\n<function=(?P<name>\w[^>]*)>\n",
+            "close_pattern": r"</function>\n</tool_call>",
+            "repeats": True,
+            "content": "xml-inline",
+            "content_args": {"tag_pattern": r"<parameter=(?P<key>\w[^>]*)>\n(?P<value>.*?)\n</parameter>"},
+            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+        },
+        "content": {"close_pattern": r"\s*(?:<\|im_end\|>|</s>)\s*", "content": "text"},
+    },
+}
+
 # A piece is the widest text that one token may cover.
 SPLIT_PATTERN = "|".join(
     (
@@ -90,6 +108,7 @@ def train_tokenizer(
         add_bos_token=False,
         clean_up_tokenization_spaces=False,
         chat_template=chat_template,
+        response_template=RESPONSE_TEMPLATE if chat_template else None,
     )
 
 
@@ -114,12 +133,17 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path | str) -> No
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def encode_plain_text(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Encode texts so that no reserved id can come out, even where a text spells a special token."""
+def without_special_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The tokenizer's backend as it reads plain text: no reserved id comes out, even where a text spells its token."""
     # `split_special_tokens` would still match the added tokens that are not special, such as `<think>`.
     fields = json.loads(tokenizer.backend_tokenizer.to_str())
     fields["added_tokens"], fields["post_processor"] = [], None
-    return [encoding.ids for encoding in Tokenizer.from_str(json.dumps(fields)).encode_batch_fast(list(texts))]
+    return Tokenizer.from_str(json.dumps(fields))
+
+
+def encode_plain_text(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """Encode texts so that no reserved id can come out, even where a text spells a special token."""
+    return [encoding.ids for encoding in without_special_tokens(tokenizer).encode_batch_fast(list(texts))]
 
 
 def encode_corpus(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]) -> np.ndarray:

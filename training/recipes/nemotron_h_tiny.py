@@ -1,9 +1,9 @@
 """Trains `model_card/nemotron-h-tiny` from scratch: `python -m nemotron_super.training.recipes.nemotron_h_tiny`.
 
 One command from source text to checkpoint: gather and verify the corpus (`training/corpus.py`), train the tokenizer on
-it, encode it, train with transformers' `Trainer` and the release's objective (next token, MTP at two depths, router
-bias by the sign rule), evaluate on held-out documents, save. On a GPU it takes minutes; on a CPU, days: use `--steps` to
-try it.
+it, encode it, train with `NemotronTrainer` and the release's objective (next token, MTP at two depths, router bias by
+the sign rule, sequence-level balance loss), evaluate on held-out documents, save. On a GPU it takes minutes; on a CPU,
+days: use `--steps` to try it.
 
 Writes to `--output`: the checkpoint in the published layout with its tokenizer, `training_log.json` (the curves),
 `evaluation.json` and the curves as pictures. `--data` keeps what was encoded: prepare it where the Debian packages are,
@@ -22,16 +22,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ...configuration.presets import preset
 from ...modeling.modeling_nemotron_h import NemotronHForCausalLM
 from ..corpus import load_corpus
 from ..curves import draw_curves
 from ..evaluation import evaluate_windows
-from ..load_balancing import RouterBiasCallback
 from ..packing import PackedWindows, ShiftingEpochs
 from ..tokenizer import save_tokenizer, train_tokenizer, write_encoded_corpus
+from ..trainer import NemotronTrainer
 
 CHAT_TEMPLATE = Path(__file__).parents[2] / "model_card" / "chat_template.jinja"
 
@@ -39,17 +39,6 @@ LENGTH = 1024
 WINDOWS_PER_STEP = 64
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 200
-
-
-def learning_rate_scale(step: int, steps: int) -> float:
-    """Warm-up, constant, then a decay of the last fifth by 1 - sqrt of its progress."""
-    decay = max(1, steps // 5)
-    warmup = min(WARMUP_STEPS, decay)
-    if step < warmup:
-        return (step + 1) / warmup
-    if step < steps - decay:
-        return 1.0
-    return max(0.0, 1 - math.sqrt((step - (steps - decay)) / decay))
 
 
 class HeldOutCurve(TrainerCallback):
@@ -74,13 +63,6 @@ class HeldOutCurve(TrainerCallback):
             print(json.dumps(row), flush=True)
 
 
-def optimizer_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay on matrices only: not on norms, biases, or the state-space parameters of each head."""
-    decay = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-
-
 def prepare(data: Path) -> None:
     """Gather and verify the corpus, train the tokenizer and encode the corpus with it, all into `data`."""
     corpus = load_corpus()
@@ -103,14 +85,17 @@ def train(data: Path, output: Path, steps: int, windows_per_step: int, seed: int
     gpu = torch.cuda.is_available()
     epochs = math.ceil(steps * windows_per_step * LENGTH / (len(stream) - 2 * LENGTH))
     curve = HeldOutCurve(PackedWindows(heldout, LENGTH), bytes_per_token, every=max(1, steps // 20))
-    optimizer = torch.optim.AdamW(
-        optimizer_groups(model, weight_decay=0.1), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, fused=gpu
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(step, steps))
+    decay = max(1, steps // 5)
     arguments = TrainingArguments(
         output_dir=str(output / "trainer"),
         per_device_train_batch_size=windows_per_step,
         max_steps=steps,
+        learning_rate=PEAK_LEARNING_RATE,
+        adam_beta2=0.95,
+        weight_decay=0.1,
+        lr_scheduler_type="warmup_stable_decay",
+        warmup_steps=min(WARMUP_STEPS, decay),
+        lr_scheduler_kwargs={"num_decay_steps": decay, "decay_type": "1-sqrt"},
         bf16=gpu,
         tf32=gpu or None,
         max_grad_norm=1.0,
@@ -121,12 +106,11 @@ def train(data: Path, output: Path, steps: int, windows_per_step: int, seed: int
         remove_unused_columns=False,
         seed=seed,
     )
-    trainer = Trainer(
+    trainer = NemotronTrainer(
         model=model,
         args=arguments,
         train_dataset=ShiftingEpochs(stream, LENGTH, epochs, seed=seed),
-        optimizers=(optimizer, schedule),
-        callbacks=[RouterBiasCallback(), curve],
+        callbacks=[curve],
     )
     result = trainer.train()
 

@@ -1,0 +1,99 @@
+"""What the MTP head of `nemotron-h-tiny` saves: acceptance by depth on held-out text, and time beside plain decoding.
+
+    python -m nemotron_super.training.recipes.nemotron_h_tiny --output out --prepare-only
+    python tests/benchmarks/mtp.py --data out/data --save
+
+Prompts are beginnings of held-out documents; every depth and plain decoding take turns on the same prompt in one run, so
+that a change of the machine's speed meets all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import time
+from pathlib import Path
+
+import nemotron_super
+import numpy as np
+import torch
+import transformers
+from against_transformers import RESULTS, hardware
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+
+TINY = Path(nemotron_super.__file__).parent / "model_card" / "nemotron-h-tiny"
+DEPTHS = (0, 1, 2, 3, 4, 5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with heldout.npy, as the tiny recipe prepares it"
+    )
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompt-length", type=int, default=200)
+    parser.add_argument("--new-tokens", type=int, default=100)
+    parser.add_argument("--save", action="store_true", help="add the run to results/")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(2)
+    transformers.logging.set_verbosity_error()
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).to(device).eval()
+    stream = np.load(options.data / "heldout.npy").astype(np.int64)
+    starts = [s for s in np.flatnonzero(stream == 1) if (stream[s + 1 : s + options.prompt_length] > 2).all()]
+    prompts = [torch.tensor(stream[None, s : s + options.prompt_length]) for s in starts[: options.prompts]]
+
+    rows: dict[str, dict] = {}
+    for sample in (False, True):
+        seconds = dict.fromkeys(DEPTHS, 0.0)
+        steps, tokens = dict.fromkeys(DEPTHS, 0), dict.fromkeys(DEPTHS, 0)
+        drafted, accepted = ({depth: np.zeros(7) for depth in DEPTHS} for _ in range(2))
+        for number, prompt in enumerate(tqdm(prompts, desc="sampled" if sample else "greedy")):
+            prompt = prompt.to(device)
+            for depth in DEPTHS:
+                torch.manual_seed(number)
+                fixed = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens, "pad_token_id": 0}
+                drafts = {"use_mtp": True, "num_assistant_tokens": depth} if depth else {}
+                start = time.perf_counter()
+                found = model.generate(prompt, do_sample=sample, return_dict_in_generate=True, **fixed, **drafts)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                seconds[depth] += time.perf_counter() - start
+                if depth:
+                    statistics = found.mtp_statistics
+                    steps[depth] += statistics.steps
+                    tokens[depth] += statistics.tokens
+                    drafted[depth] += statistics.drafted
+                    accepted[depth] += statistics.accepted
+        for depth in DEPTHS[1:]:
+            rows[f"{'sampled' if sample else 'greedy'}, depth {depth}"] = {
+                "tokens per step": round(tokens[depth] / steps[depth], 2),
+                "acceptance by depth": [
+                    round(a / d, 3) for a, d in zip(accepted[depth], drafted[depth], strict=True) if d
+                ],
+                "speed-up": round(seconds[0] / seconds[depth], 2),
+            }
+    print("| | tokens per step | acceptance by depth | speed-up |\n|---|---|---|---|")
+    for name, row in rows.items():
+        acceptance = ", ".join(map(str, row["acceptance by depth"]))
+        print(f"| {name} | {row['tokens per step']} | {acceptance} | {row['speed-up']} |")
+    if options.save:
+        record = {
+            "date": datetime.date.today().isoformat(),
+            "hardware": hardware(device),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "command": "python tests/benchmarks/mtp.py --data out/data --save",
+            "prompts": len(prompts),
+            "prompt tokens": options.prompt_length,
+            "new tokens": options.new_tokens,
+            "runs": rows,
+        }
+        (RESULTS / f"mtp_{device}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Taking tokens back: after `crop` the cache is the one that never saw them, whatever the calls and rows."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nemotron_super.modeling import cache as cache_module
+from nemotron_super.modeling import mamba2
+from nemotron_super.modeling.cache import HybridCache
+
+pytestmark = pytest.mark.usefixtures("exact_floats")
+
+TIGHT = 1e-9
+PATTERNS = ["ME*M-", "M-M", "*-"]
+
+
+def tokens(rows, count, seed=0):
+    return torch.randint(0, 61, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+def feed(model, cache, ids, mask=None):
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, cache=cache, use_cache=True).logits
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    prompt=st.integers(1, 12),
+    steps=st.lists(st.tuples(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(0, 6)), max_size=4),
+    limit=st.sampled_from([6, 64]),
+    data=st.data(),
+)
+def test_crop_leaves_no_trace(pattern, prompt, steps, limit, data, make_model, relative):
+    """Drafts of several calls, taken back in part, again and again; and the recorded past may be shorter than all."""
+    with mock.patch.object(mamba2, "ROLLBACK_LIMIT", limit):
+        check_crop(make_model(pattern, exact=True), prompt, steps, limit, data, relative)
+
+
+def check_crop(model, prompt, steps, limit, data, relative):
+    cache = HybridCache(model.config)
+    cache.activate_past_recording()
+    kept = tokens(2, prompt)
+    feed(model, cache, kept)
+    cache.crop(0)
+    for number, (calls, back) in enumerate(steps):
+        draft = tokens(2, sum(calls), seed=number + 1)
+        logits = torch.cat([feed(model, cache, part) for part in draft.split(calls, dim=1)], dim=1)
+        with torch.no_grad():
+            expected = model(torch.cat([kept, draft], 1), use_cache=False).logits[:, -draft.shape[1] :]
+        assert relative(logits, expected) < TIGHT
+        back = min(back, draft.shape[1], limit)
+        cache.crop(-back)
+        kept = torch.cat([kept, draft[:, : draft.shape[1] - back]], 1)
+        assert cache.get_seq_length() == kept.shape[1]
+    if data.draw(st.booleans()):
+        for layer in cache.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+    last = tokens(2, data.draw(st.integers(1, 3)), seed=99)
+    found = feed(model, cache, last)
+    with torch.no_grad():
+        expected = model(torch.cat([kept, last], 1), use_cache=False).logits[:, -last.shape[1] :]
+    assert relative(found, expected) < TIGHT
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    backs=st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=1, max_size=4),
+    left=st.integers(0, 5),
+)
+def test_rows_take_back_different_numbers(pattern, backs, left, make_model, relative):
+    """Behind left padding too: the padded prompt is not recorded, what follows is."""
+    model = make_model(pattern, exact=True)
+    prompt, mask = tokens(3, 7), torch.ones(3, 7, dtype=torch.long)
+    mask[1, :left] = 0
+    rows = [prompt[r, mask[r].bool()] for r in range(3)]
+    cache = HybridCache(model.config)
+    feed(model, cache, prompt, mask)
+    cache.activate_past_recording()
+    for number, back in enumerate(backs):
+        draft = tokens(3, 4, seed=number + 1)
+        mask = torch.cat([mask, torch.ones_like(draft)], 1)
+        logits = feed(model, cache, draft, mask)
+        for r in range(3):
+            with torch.no_grad():
+                expected = model(torch.cat([rows[r], draft[r]])[None], use_cache=False).logits[0, -4:]
+            assert relative(logits[r], expected) < TIGHT
+            rows[r] = torch.cat([rows[r], draft[r, : 4 - back[r]]])
+        taken = torch.tensor(back)
+        cache.crop(-taken)
+        mask = mask[:, : mask.shape[1] - min(back)]
+        # What a row gave back beyond the others stays behind as masked keys.
+        mask = mask * (torch.arange(mask.shape[1]) < (mask.shape[1] - (taken - min(back)))[:, None])
+
+
+@pytest.mark.parametrize("change", ["copy", "select", "repeat", "reorder", "offload"])
+def test_a_recorded_past_follows_its_rows(change, make_model, relative):
+    model = make_model("ME*M", exact=True)
+    cache = HybridCache(model.config)
+    cache.activate_past_recording()
+    first, draft, last = tokens(3, 5), tokens(3, 4, 1), tokens(3, 2, 2)
+    feed(model, cache, first)
+    cache.crop(0)
+    feed(model, cache, draft)
+    rows = torch.arange(3)
+    if change == "copy":
+        cache = copy.deepcopy(cache)
+    elif change == "select":
+        rows = torch.tensor([2, 0])
+        cache.batch_select_indices(rows)
+    elif change == "repeat":
+        rows = torch.arange(3).repeat_interleave(2)
+        cache.batch_repeat_interleave(2)
+    elif change == "reorder":
+        rows = torch.tensor([1, 1, 0])
+        cache.reorder_cache(rows)
+    else:
+        for layer in cache.layers:
+            if isinstance(layer, cache_module.Mamba2CacheLayer):
+                layer.offload()
+                layer.prefetch()
+    cache.crop(-3)
+    found = feed(model, cache, last[rows])
+    with torch.no_grad():
+        expected = model(torch.cat([first, draft[:, :1], last], 1)[rows], use_cache=False).logits[:, -2:]
+    assert relative(found, expected) < TIGHT
+
+
+def test_reset_forgets_the_recorded_past(make_model, relative):
+    model = make_model("ME*M", exact=True)
+    cache = HybridCache(model.config)
+    cache.activate_past_recording()
+    feed(model, cache, tokens(2, 5))
+    cache.reset()
+    ids = tokens(2, 4, 1)
+    with torch.no_grad():
+        assert relative(feed(model, cache, ids), model(ids, use_cache=False).logits) < TIGHT
+
+
+def test_what_cannot_be_taken_back(make_model):
+    model = make_model("M*")
+    cache = HybridCache(model.config)
+    feed(model, cache, tokens(1, 5))
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-1)
+    cache.activate_past_recording()
+    feed(model, cache, tokens(1, 3))
+    with pytest.raises(RuntimeError, match=r"4 tokens.*last 3"):
+        cache.crop(-4)
+    with pytest.raises(ValueError, match="tokens_to_remove"):
+        cache.crop(2)
+
+
+def test_it_costs_little(make_model):
+    """A recorded token holds its inputs, not a state."""
+    model = make_model("MM", mamba_head_dim=64, ssm_state_size=64)
+    cache = HybridCache(model.config)
+    cache.activate_past_recording()
+    feed(model, cache, tokens(1, 200))
+    layer = cache.layers[0]
+    assert layer.pending.shape[1] == cache_module.ROLLBACK_LIMIT
+    assert layer.pending[:, :1].numel() < layer.recurrent_states[0].numel() / 10

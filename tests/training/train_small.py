@@ -1,0 +1,84 @@
+"""A small training run as a process of its own, to be started several times over, killed, and resumed.
+
+`python train_small.py OUTPUT --steps 20 [--batch 4] [--accumulation 1] [--kill-at 13]` writes what was logged to
+OUTPUT/log.json and the final weights to OUTPUT/final. It resumes from OUTPUT's last complete checkpoint if there is one.
+"""
+
+import argparse
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+from nemotron_super import NemotronHConfig, NemotronHForCausalLM
+from nemotron_super.training.best_fit import BestFitRows, PadRows
+from nemotron_super.training.documents import TokenDocument
+from nemotron_super.training.trainer import NemotronTrainer, last_complete_checkpoint
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+SMALL = {
+    "vocab_size": 61, "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8, "n_routed_experts": 6,
+    "num_experts_per_tok": 2, "moe_latent_size": 12, "moe_intermediate_size": 10, "intermediate_size": 20,
+    "moe_shared_expert_intermediate_size": 16, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1,
+    "hybrid_override_pattern": "ME*E", "mtp_hybrid_override_pattern": "*E", "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def make_rows(documents: int = 600, length: int = 24) -> list[dict]:
+    """Arithmetic progressions of random length and step, packed."""
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for _ in range(documents):
+        size, start, step = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((3, 20), (0, 50), (1, 9)))  # fmt: skip
+        made.append(TokenDocument([(start + step * place) % 61 for place in range(size)]))
+    return list(BestFitRows(made, length))
+
+
+class KillAt(TrainerCallback):
+    """SIGKILL, which nothing can catch, once a step is done."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--loss-over", default="tokens")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    set_seed(0)
+    trainer = NemotronTrainer(
+        NemotronHForCausalLM(NemotronHConfig(**SMALL)),
+        TrainingArguments(
+            str(options.output), max_steps=options.steps, per_device_train_batch_size=options.batch,
+            gradient_accumulation_steps=options.accumulation, learning_rate=3e-3, logging_steps=1, save_steps=5,
+            save_strategy="steps", report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
+            remove_unused_columns=False, ddp_find_unused_parameters=False,
+        ),
+        train_dataset=make_rows(),
+        data_collator=PadRows(0),
+        loss_over=options.loss_over,
+        router_bias_rate=1e-2,
+        balance_coefficient=1e-2,
+        callbacks=[KillAt(options.kill_at)] if options.kill_at else [],
+    )  # fmt: skip
+    checkpoint = last_complete_checkpoint(options.output)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.args.process_index == 0:
+        (options.output / "log.json").write_text(json.dumps(trainer.state.log_history))
+        trainer.model.save_pretrained(options.output / "final")
+
+
+if __name__ == "__main__":
+    main()
