@@ -106,7 +106,7 @@ def test_super_in_the_mix_of_the_release():
     counts = Counter(entry["quant_algo"] for entry in layers.values())
     assert counts == {"NVFP4": 40 * 512 * 2, "FP8": 40 * 2 + 40 * 2}
     install_empty(model, NVFP4Config(recipe="release"))
-    stored = Counter()
+    stored: Counter[str] = Counter()
     for name, tensor in model.state_dict().items():
         stored["mtp" if name.startswith("mtp.") else "rest"] += tensor.nbytes
     # Half a byte for a weight in NVFP4 and 1/16 for its block's scale.
