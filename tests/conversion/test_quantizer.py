@@ -312,6 +312,19 @@ def test_damaged_tensors(rewritten, change, message):
         NemotronHForCausalLM.from_pretrained(rewritten("release", change))
 
 
+def test_damaged_files(saved, tmp_path):
+    """A shard that is not there, and one that is cut off, by name."""
+    NemotronHForCausalLM.from_pretrained(saved["nvfp4"]).save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        NemotronHForCausalLM.from_pretrained(tmp_path)
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=f"{shard.name}.* is not a whole safetensors file"):
+        NemotronHForCausalLM.from_pretrained(tmp_path)
+
+
 def layer(name, algo="NVFP4"):
     return lambda c: c["quantized_layers"].update({name: {"quant_algo": algo}})
 
