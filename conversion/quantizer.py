@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -32,7 +31,7 @@ from ..modeling.quantized_layers import (
     WeightFormat,
     expert_tensor,
 )
-from ..modeling.weight_checks import listed, published_name
+from ..modeling.weight_checks import listed, published_name, read_headers
 from .nvfp4 import check_rows, quantize_weight, weight_amax
 from .quantization_config import MIXED, NVFP4Config, is_scale, layer_entry
 
@@ -54,9 +53,8 @@ class ModelOptQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: NVFP4Config
-    headers_as_published = (
-        True  # the modules' shapes are those of the checkpoint: its headers can be compared with them
-    )
+    # The modules' shapes are those of the checkpoint, so that its headers can be compared with them.
+    headers_as_published = True
 
     def validate_environment(self, device_map=None, **kwargs) -> None:
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
@@ -70,14 +68,10 @@ class ModelOptQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs) -> None:
         if not self.pre_quantized:
             return
-        config = self.quantization_config
-        formats = module_formats(model, config)
-        headers = read_dtypes(checkpoint_files or [])
-        with torch.device("meta"):
-            for name, weight_format in formats.items():
-                model.set_submodule(name, _empty(model.get_submodule(name), weight_format))
-            if config.fp8_cache:
-                _add_cache_scales(model, headers)
+        headers = {name: dtype for name, (_, dtype) in read_headers(checkpoint_files or []).items()}
+        install_empty(model, self.quantization_config)
+        if self.quantization_config.fp8_cache:
+            _add_cache_scales(model, headers)
         check_scale_headers(model, headers)
 
     def update_weight_conversions(self, weight_conversions, model):
@@ -106,17 +100,17 @@ class ModelOptQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # saving makes it a string
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear):
-                model.set_submodule(name, module.dequantize(dtype))
+                model.set_submodule(name, module.dequantize(dtype).train(module.training))
             elif isinstance(module, QuantizedExperts):
                 with torch.device("meta"):
                     experts = NemotronHExperts(model.config)
                 for projection in PROJECTIONS:
                     setattr(experts, projection, nn.Parameter(module.dequantize(projection, dtype)))
-                model.set_submodule(name, experts)
+                model.set_submodule(name, experts.train(module.training))
             elif isinstance(module, CacheScaledLinear):
                 linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
                 linear.weight, linear.bias = module.weight, module.bias
-                model.set_submodule(name, linear)
+                model.set_submodule(name, linear.train(module.training))
         return model
 
     def write_json(self, folder: str | Path) -> None:
@@ -163,6 +157,21 @@ def quantize_model(model: PreTrainedModel, config: NVFP4Config) -> PreTrainedMod
     quantizer = ModelOptQuantizer(_quantize(model, config), pre_quantized=False)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, "modelopt"
     model.config.quantization_config = quantizer.quantization_config
+    return model
+
+
+def install_empty(model: PreTrainedModel, config: NVFP4Config) -> PreTrainedModel:
+    """Put quantised modules without values in the place of those that `config` wants quantised, all on the meta device.
+
+    For a model that is itself on the meta device: to be loaded into, or, through `to_empty`, to be filled otherwise.
+
+    Raises:
+        ValueError: what `module_formats` refuses.
+    """
+    config = config if config.recipe is None else resolve_recipe(model, config.recipe)
+    with torch.device("meta"):
+        for name, weight_format in module_formats(model, config).items():
+            model.set_submodule(name, _empty(model.get_submodule(name), weight_format))
     return model
 
 
@@ -223,20 +232,11 @@ def published_modules(model: PreTrainedModel, name: str, module: nn.Module) -> l
     return [f"{published}.{e}.{projection}" for e in range(module.num_experts) for projection in PROJECTIONS]
 
 
-def read_dtypes(files: Sequence[str]) -> dict[str, str]:
-    """Dtype, as safetensors spells it, by tensor name, from the files' headers."""
-    dtypes = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            dtypes.update({key: opened.get_slice(key).get_dtype() for key in opened.keys()})  # noqa: SIM118
-    return dtypes
-
-
 def check_scale_headers(model: PreTrainedModel, headers: dict[str, str]) -> None:
     """Compare the tensors that the quantised modules of `model` need with those of a checkpoint, before any is loaded.
 
     Args:
-        headers: dtype by published tensor name, as from `read_dtypes`.
+        headers: dtype, as safetensors spells it, by published tensor name.
 
     Raises:
         ValueError: tensors that are missing or of another dtype, and scales that belong to no quantised module.

@@ -76,7 +76,7 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
             fit. With `ignore_mismatched_sizes` missing experts are logged instead, and shapes are not looked at.
         FileNotFoundError: a shard that the index names and that is not there.
     """
-    shapes = read_headers(files)
+    headers = read_headers(files)
     if load_config.is_quantized and not getattr(load_config.hf_quantizer, "headers_as_published", False):
         return
     ignore = load_config.ignore_mismatched_sizes
@@ -87,7 +87,7 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
     base = model.base_model is model
     stacks: dict[str, dict[int, str]] = {}
     wrong = []
-    for key, shape in shapes.items():
+    for key, (shape, _) in headers.items():
         name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
         if name not in own:
             continue
@@ -127,27 +127,29 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
         )
 
 
-def read_headers(files: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Shape by tensor name over safetensors files, from their headers alone.
+def read_headers(files: Iterable[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype, as safetensors spells it, by tensor name over safetensors files, from their headers alone.
 
     Raises:
         ValueError: a file that is not safetensors or not whole, named.
         FileNotFoundError: a file that is not there, named.
     """
-    shapes = {}
+    headers = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise ValueError(f"{file} is not a safetensors file: pickled weights can run code, and are not opened.")
         try:
             with safe_open(file, framework="pt") as opened:
-                shapes.update({key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})  # noqa: SIM118
+                for key in opened.keys():  # noqa: SIM118
+                    tensor = opened.get_slice(key)
+                    headers[key] = (tuple(tensor.get_shape()), tensor.get_dtype())
         except SafetensorError as error:
             raise ValueError(_not_whole([file], error)) from error
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{file} is not there, though the checkpoint's index names it: fetch it."
             ) from error
-    return shapes
+    return headers
 
 
 def refuse_non_finite(model: PreTrainedModel) -> None:

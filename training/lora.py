@@ -17,9 +17,11 @@ from torch import nn
 
 from ..modeling.latent_moe import NemotronHExperts, NemotronHTopkRouter
 from ..modeling.modeling_nemotron_h import NemotronHPreTrainedModel
-from ..modeling.quantized_layers import QuantizedLinear
+from ..modeling.quantized_layers import CacheScaledLinear, QuantizedLinear
 
 _EXPERT_TENSORS = ("up_proj", "down_proj")
+# Also over frozen quantised weights; quantised experts have no adapter, which `exclude=["experts"]` has to admit.
+_LINEAR = (nn.Linear, QuantizedLinear, CacheScaledLinear)
 # Matrices that are no linear maps, or that training leaves to other means: a router is steered by its correction bias.
 _NOT_ADAPTED = (nn.Embedding, nn.Conv1d, NemotronHTopkRouter)
 
@@ -68,7 +70,7 @@ def lora_targets(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[list[st
     for name, module in model.named_modules():
         if isinstance(module, NemotronHExperts):
             parameters += [full for tensor in _EXPERT_TENSORS if wanted(full := f"{name}.{tensor}")]
-        elif isinstance(module, nn.Linear):  # quantised ones too
+        elif type(module) in _LINEAR:
             modules += [name] if wanted(name) else []
         elif not isinstance(module, _NOT_ADAPTED):
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -76,7 +78,7 @@ def lora_targets(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[list[st
                 if value.dim() >= 2 and wanted(f"{name}.{tensor}"):
                     raise ValueError(
                         f"{name}.{tensor}: no adapter is known for a {type(module).__name__}; it would be left out. "
-                        f"Say so with exclude=[{name.rpartition('.')[2]!r}]."
+                        f"Say so with exclude=[{name!r}]."
                     )
     if unused:
         raise ValueError(f"`exclude` names what the model does not have: {', '.join(sorted(unused))}.")
@@ -142,13 +144,13 @@ def adapted_names(model: PeftModel) -> set[str]:
 def export_merged(model: PeftModel, folder: Path | str) -> nn.Module:
     """Add the adapters into the weights, save the model in the published layout, and return it.
 
-    Quantised weights are dequantised first: what was learned would vanish in rounding. Quantise the result again if wanted.
+    A quantised model is dequantised first: what is merged fits no packed weight. `quantize_model` packs it again.
 
     Raises:
         ValueError: a merged weight that is not finite, from PEFT.
     """
     base = model.get_base_model()
-    if any(isinstance(module, QuantizedLinear) for module in base.modules()):
+    if getattr(base, "hf_quantizer", None) is not None:
         base.dequantize()
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(folder)

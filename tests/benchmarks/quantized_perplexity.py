@@ -77,7 +77,9 @@ def main() -> None:
     if options.save:
         run = {
             "date": datetime.date.today().isoformat(),
-            "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor(),
+            "device": torch.cuda.get_device_name()
+            if options.device.startswith("cuda")
+            else f"CPU ({platform.machine()})",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "windows": options.windows,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from nemotron_super import (
     NemotronHForSequenceClassification,
     NemotronHModel,
     NVFP4Config,
+    preset,
     quantize_model,
     simulate_activations,
 )
-from nemotron_super.conversion.quantizer import quantizable
+from nemotron_super.conversion.quantizer import install_empty, quantizable, resolve_recipe
 from nemotron_super.modeling.quantized_layers import QuantizedExperts, QuantizedLinear
 from safetensors.torch import load_file, save_file
 
@@ -94,6 +96,22 @@ def test_recipes(full):
         found = formats(quantize_model(full(), NVFP4Config(recipe=recipe)))
         assert {f for n, f in found.items() if n.startswith("backbone.")} == {recipe.upper()}
         assert {f for n, f in found.items() if not n.startswith("backbone.")} == {None}
+
+
+def test_super_in_the_mix_of_the_release():
+    """All 40,960 projections of the routed experts in NVFP4, and the whole model, MTP included, in less than 80 GB."""
+    with torch.device("meta"):
+        model = NemotronHForCausalLM(preset("super")).to(torch.bfloat16)
+    layers = resolve_recipe(model, "release").quantized_layers
+    counts = Counter(entry["quant_algo"] for entry in layers.values())
+    assert counts == {"NVFP4": 40 * 512 * 2, "FP8": 40 * 2 + 40 * 2}
+    install_empty(model, NVFP4Config(recipe="release"))
+    stored: Counter[str] = Counter()
+    for name, tensor in model.state_dict().items():
+        stored["mtp" if name.startswith("mtp.") else "rest"] += tensor.nbytes
+    # Half a byte for a weight in NVFP4 and 1/16 for its block's scale.
+    assert stored["rest"] > 40 * 512 * 2 * 2688 * 1024 * (1 / 2 + 1 / 16)
+    assert sum(stored.values()) < 80e9
 
 
 @pytest.mark.parametrize("recipe", ["release", "nvfp4", "fp8"])
@@ -292,6 +310,19 @@ def put(name, value):
 def test_damaged_tensors(rewritten, change, message):
     with pytest.raises(ValueError, match=message):
         NemotronHForCausalLM.from_pretrained(rewritten("release", change))
+
+
+def test_damaged_files(saved, tmp_path):
+    """A shard that is not there, and one that is cut off, by name."""
+    NemotronHForCausalLM.from_pretrained(saved["nvfp4"]).save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        NemotronHForCausalLM.from_pretrained(tmp_path)
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=f"{shard.name}.* is not a whole safetensors file"):
+        NemotronHForCausalLM.from_pretrained(tmp_path)
 
 
 def layer(name, algo="NVFP4"):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from nemotron_super import NemotronHForCausalLM, NVFP4Config, quantize_model
 from nemotron_super.modeling.quantized_layers import QuantizedExperts, QuantizedLinear
+from nemotron_super.training import lora
+from nemotron_super.training.lora import export_merged
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -74,6 +76,19 @@ def test_gradients(recipe, quantized, ids, relative):
         assert relative(again[name], found[name]) < 1e-5, name
 
 
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_lower_precision(how, quantized, ids, relative):
+    """In bfloat16 and under autocast the gradients are those of float32, as far as bfloat16 goes."""
+    _, exact = gradients(add_lora(quantized("release")), ids)
+    model = add_lora(quantized("release").to(torch.bfloat16) if how == "bfloat16" else quantized("release"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        _, found = gradients(model, ids)
+    assert {g.dtype for g in found.values()} == {torch.float32}
+    errors = sorted(relative(found[name], gradient) for name, gradient in exact.items() if gradient.any())
+    assert errors[len(errors) // 2] < 0.1
+    assert errors[-1] < 0.5
+
+
 @pytest.mark.parametrize("recipe", ["release", "nvfp4"])
 def test_training(recipe, quantized, ids, tmp_path):
     """Under transformers' Trainer the loss falls, and the packed weights stay bit for bit."""
@@ -119,13 +134,39 @@ def test_merging(quantized, ids, tmp_path, relative):
     expected = model(ids).logits
     with pytest.raises(RuntimeError):
         model.merge_and_unload()
-    model = add_lora(quantized("release")).eval()
-    model.get_base_model().dequantize()
-    assert relative(model(ids).logits, expected) < 1e-5
-    merged = model.merge_and_unload()
+    merged = export_merged(add_lora(quantized("release")).eval(), tmp_path / "merged")
     assert isinstance(merged, NemotronHForCausalLM)
-    assert relative(merged(ids).logits, expected) < 1e-4
-    quantize_model(merged, NVFP4Config(recipe="release")).save_pretrained(tmp_path)
-    again = NemotronHForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    saved = NemotronHForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    for one in (merged, saved):
+        assert not packed(one)
+        assert relative(one(ids).logits, expected) < 1e-4
+    quantize_model(merged, NVFP4Config(recipe="release")).save_pretrained(tmp_path / "packed")
+    again = NemotronHForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     assert again(ids).logits.equal(merged(ids).logits)
     assert relative(again(ids).logits, expected) < 0.5
+
+
+def test_every_linear_map_but_the_packed_experts(quantized, ids, tmp_path):
+    """`training/lora.py` finds packed linear maps as it finds others, and does not pass over packed experts in silence."""
+    model = quantized("release")
+    with pytest.raises(
+        ValueError, match=r"layers.1.mixer.experts.up_proj: no adapter is known for a QuantizedExperts"
+    ):
+        lora.add_lora(model, r=4)
+    model = quantized("release")
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    adapted = lora.add_lora(model, r=4, exclude=["model.layers.1.mixer.experts", "model.layers.5.mixer.experts"])
+    parameters = {f"mtp.layers.1.mixer.experts.{name}_proj" for name in ("up", "down")}
+    assert lora.adapted_names(adapted) == linears | parameters
+    assert any(n.endswith("mixer.out_proj") and isinstance(m.base_layer, QuantizedLinear) for n, m in tuned(adapted))
+    _, found = gradients(adapted, ids)
+    assert all(".lora_" in n for n in found) and all(g.isfinite().all() for g in found.values())
+    adapted.save_pretrained(tmp_path)
+    again = lora.load_lora(quantized("release"), tmp_path)
+    with torch.no_grad():
+        assert again.eval()(ids).logits.equal(adapted.eval()(ids).logits)
+
+
+def tuned(model):
+    """Modules with an adapter, by the name of the model without PEFT."""
+    return [(n, m) for n, m in model.get_base_model().named_modules() if hasattr(m, "base_layer")]
