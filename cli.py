@@ -36,6 +36,15 @@ def generate(arguments: argparse.Namespace) -> None:
     model.generate(**inputs.to(model.device), generation_config=settings, streamer=streamer)
 
 
+def kernels(arguments: argparse.Namespace) -> None:
+    """Print what serves each op on this machine, and why nothing better does."""
+    import torch
+
+    from .kernels_hub import registry
+
+    print(registry.report(arguments.device, getattr(torch, arguments.dtype)))
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the command's parser."""
     top = argparse.ArgumentParser(prog="nemotron-super", description="Nemotron 3 Super for transformers.")
@@ -51,6 +60,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     one.add_argument("--chat", action="store_true", help="put the prompt through the chat template")
     one.set_defaults(run=generate)
+    two = commands.add_parser("kernels", help="what serves each op", description=kernels.__doc__)
+    two.add_argument("--device", default=None, help="default: the GPU if there is one")
+    two.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    two.set_defaults(run=kernels)
     return top
 
 
