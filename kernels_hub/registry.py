@@ -103,8 +103,8 @@ def _scan_limits(
 ) -> str | None:
     if x.numel() == 0:
         return "`x` is empty"
-    if x.shape[-1] > 64 or B.shape[-1] > 128:
-        return f"head_dim {x.shape[-1]} and state_size {B.shape[-1]}: the kernel holds states up to 64 x 128"
+    if (x.shape[-1], B.shape[-1]) != (64, 128) and (x.is_cuda or x.shape[-1] > 64 or B.shape[-1] > 128):
+        return f"head_dim {x.shape[-1]} and state_size {B.shape[-1]}: the compiled kernel serves 64 and 128"
     if B.dtype != x.dtype or C.dtype != x.dtype:
         return f"`x`, `B` and `C` are {x.dtype}, {B.dtype} and {C.dtype}: the kernel wants one dtype"
     return _dtype_of("x", x)
@@ -174,7 +174,7 @@ class Op:
     def choose(self, *args: Any, **kwargs: Any) -> tuple[str, Callable, str]:
         """What serves these arguments: source, function, and why nothing better does (empty if nothing is)."""
         forced = _forced.get(self.name)
-        reasons = []
+        reasons: list[str] = []
         for source in ("hub", "triton") if forced is None else (forced,):
             reason = _cannot_load(source, self.name) or _cannot_run(args[0].device, forced is not None)
             reason = reason or self.limits(*args, **kwargs)
@@ -350,7 +350,7 @@ def _example(op: str, device: torch.device, dtype: torch.dtype) -> tuple:
     return {
         "causal_conv1d": (t(1, 4, 16), t(16, 4)),
         "causal_conv1d_update": (t(1, 16, 4), t(1, 16), t(16, 4)),
-        "ssd_chunk_scan": (t(1, 4, 2, 16), t(1, 4, 2, dtype=real), t(2), t(1, 4, 1, 16), t(1, 4, 1, 16), t(2)),
+        "ssd_chunk_scan": (t(1, 4, 2, 64), t(1, 4, 2, dtype=real), t(2), t(1, 4, 1, 128), t(1, 4, 1, 128), t(2)),
         "selective_state_update": (
             *(t(1, 2, 16, 16, dtype=real), t(1, 2, 16), t(1, 2, dtype=real), t(2), t(1, 1, 16), t(1, 1, 16), t(2)),
         ),

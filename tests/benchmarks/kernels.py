@@ -66,7 +66,7 @@ def with_backward(call: Callable) -> Callable:
     return work
 
 
-def scan_inputs(length: int, batch: int = 1) -> tuple:
+def scan_inputs(length: int, batch: int = 1) -> tuple[torch.Tensor, ...]:
     dt = torch.nn.functional.softplus(rand(batch, length, HEADS, dtype=torch.float32) - 4)
     A, D = -16 * torch.rand(HEADS, device="cuda"), torch.ones(HEADS, device="cuda")
     B, C = (rand(batch, length, GROUPS, STATE) for _ in range(2))
@@ -81,6 +81,7 @@ def cases() -> list[tuple]:
     """(op, what, build, call, bytes, FLOPs, copies, in a graph, forward and backward)."""
     r = registry
     found: list[tuple] = []
+    build: Callable[[], tuple]
     for n in (2048, 8192, 32768):
         moved = n * (2 * HEADS * HEAD_DIM + 2 * GROUPS * STATE) * BF16 + n * HEADS * F32
         # The least a chunk of 64 takes: scores, their product with x, reading and writing the state.

@@ -10,6 +10,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: the kernels are compiled here"),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
+# The gradient of A is one number a head, a sum over all positions whose terms cancel: rounding decides its last digits.
+A_CANCELS = {4: 1e-4}
 
 
 def normal(*shape, dtype=torch.bfloat16, scale=1.0):
@@ -43,8 +45,7 @@ def seed():
 @pytest.mark.parametrize("batch, length, heads", [(1, 1000, 128), (2, 257, 64), (1, 64, 256), (1, 4500, 16)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunked_scan(check, dtype, batch, length, heads, packed):
-    floor = 1e-5 if dtype == torch.float32 else 1e-4
-    check("ssd_chunk_scan", scan_inputs(batch, length, heads, 8, dtype, packed), floor=floor)
+    check("ssd_chunk_scan", scan_inputs(batch, length, heads, 8, dtype, packed), floors=A_CANCELS)
 
 
 @pytest.mark.parametrize("packed", [False, True])
