@@ -65,6 +65,15 @@ def train(arguments: argparse.Namespace) -> None:
     print(f"Done: {Path(config.output) / 'REPORT.md'}")
 
 
+def kernels(arguments: argparse.Namespace) -> None:
+    """Print what serves each op on this machine, and why nothing better does."""
+    import torch
+
+    from .kernels_hub import registry
+
+    print(registry.report(arguments.device, getattr(torch, arguments.dtype)))
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the command's parser."""
     top = argparse.ArgumentParser(prog="nemotron-super", description="Nemotron 3 Super for transformers.")
@@ -93,6 +102,10 @@ def parser() -> argparse.ArgumentParser:
         )
         one.add_argument("--config", required=True, type=Path, help="YAML file; recipes are in training/recipes/")
         one.set_defaults(run=train, kind=kind)
+    two = commands.add_parser("kernels", help="what serves each op", description=kernels.__doc__)
+    two.add_argument("--device", default=None, help="default: the GPU if there is one")
+    two.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    two.set_defaults(run=kernels)
     return top
 
 

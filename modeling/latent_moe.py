@@ -9,13 +9,12 @@ The router and the shared expert see the full width; routed experts work, and ar
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
-from ..kernels_hub.reference.moe_experts import moe_experts
+from ..kernels_hub.registry import moe_experts, router_logits, topk_routing
 from .mlp import NemotronHMLP
 
 
@@ -39,16 +38,17 @@ class NemotronHTopkRouter(nn.Module):
             Logits (tokens, experts), weights (tokens, top_k) and chosen experts (tokens, top_k); float32, float32, int64.
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = F.linear(hidden_states.float(), self.weight.float())
-        scores = logits.sigmoid()
-        choice = scores.detach() + self.e_score_correction_bias
-        if self.n_group > 1:
-            choice = self._keep_best_groups(choice)
-        index = choice.topk(self.top_k, dim=-1, sorted=False).indices
-        weights = scores.gather(1, index)
-        if self.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return logits, weights * self.routed_scaling_factor, index
+            logits = router_logits(hidden_states, self.weight)
+        weights, index = topk_routing(
+            logits,
+            self.e_score_correction_bias,
+            self.top_k,
+            self.norm_topk_prob,
+            self.routed_scaling_factor,
+            self.n_group,
+            self.topk_group,
+        )
+        return logits, weights, index
 
     def _apply(self, fn, recurse: bool = True):
         # `model.bfloat16()` must not reach the bias: it moves by steps of 0.001, which vanish in lower precision.
@@ -58,13 +58,6 @@ class NemotronHTopkRouter(nn.Module):
         if after.dtype.itemsize < before.dtype.itemsize:
             self.e_score_correction_bias = after.to(before.dtype) if before.is_meta else before.to(after.device)
         return self
-
-    def _keep_best_groups(self, choice: Tensor) -> Tensor:
-        """Leave only the `topk_group` groups whose two best experts score highest."""
-        grouped = choice.unflatten(-1, (self.n_group, -1))
-        strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-        kept = torch.zeros_like(strength, dtype=torch.bool).scatter_(1, strength.topk(self.topk_group).indices, True)
-        return grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
 
 
 @use_experts_implementation(has_gate=False)

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
-from ..kernels_hub.reference.causal_conv1d import causal_conv1d, causal_conv1d_update
-from ..kernels_hub.reference.selective_state_update import selective_state_update
-from ..kernels_hub.reference.ssd_chunk_scan import ssd_chunk_scan
+from ..kernels_hub.registry import causal_conv1d, causal_conv1d_update, selective_state_update, ssd_chunk_scan
 from .cache import ROLLBACK_LIMIT, Mamba2CacheLayer
 from .norms import NemotronHGatedRMSNorm
 from .token_layout import TokenLayout

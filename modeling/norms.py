@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels_hub.reference.rms_norm import gated_rms_norm, rms_norm
+from ..kernels_hub.registry import gated_rms_norm, rms_norm
 
 
 class NemotronHRMSNorm(nn.Module):

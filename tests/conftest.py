@@ -3,8 +3,15 @@
 All fixtures are of session or module scope, so that hypothesis may use them.
 """
 
+import os
+
 import pytest
 import torch
+
+# Without a GPU the Triton kernels are tested in Triton's interpreter, which has to be asked for before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from nemotron_super import NemotronHConfig, NemotronHForCausalLM
 
 # Two threads of several test processes on two cores wait for each other far longer than they compute.

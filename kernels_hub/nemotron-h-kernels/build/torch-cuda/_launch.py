@@ -1,0 +1,34 @@
+"""What every launch needs: the device of its tensors, block sizes, and whether autograd or a compiler is watching."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def as_operator() -> bool:
+    """Whether autograd or a compiler has to see the op. Otherwise the plain function saves the operator's overhead."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def on(x: Tensor) -> contextlib.AbstractContextManager:
+    """Launch where `x` lies: Triton takes the current device, whatever its arguments are on."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+def block(size: int, least: int = 16) -> int:
+    """The next power of two, and no less than `least` (tensor cores want 16)."""
+    return max(least, triton.next_power_of_2(size))
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(..., width) as (rows, width) with dense rows; a view wherever strides allow, such as a slice of a projection."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,433 @@
+"""Depthwise causal convolution followed by SiLU, over a sequence and for one token.
+
+    out_t = silu(bias + sum_k weight_k x_{t - (K - 1) + k})
+
+A program takes a tile of positions by channels as they lie in (batch, seq, channels), strided rows included, so the input
+is read where the projection wrote it. The backward recomputes what came before SiLU and keeps its gradient in float32
+between two kernels. The second runs over the positions before the call too where a state was handed in, whose gradient falls
+out of the same sum.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import as_operator, on
+
+_POSITIONS, _CHANNELS = 32, 128  # of a tile
+_BACKWARD_PROGRAMS = 64  # along the sequence: each sums its own tiles' share of the weight's gradient
+
+
+@triton.jit
+def _input(
+    x, state, t, c, x_row, state_row, x_stride, length, inside_c, KERNEL: tl.constexpr, HAS_STATE: tl.constexpr
+):
+    """Inputs at positions `t` (may be negative: the state's; beyond the end: zero) and channels `c`, in float32."""
+    inside = (t >= 0) & (t < length)
+    value = tl.load(
+        x + x_row + t.to(tl.int64)[:, None] * x_stride + c[None, :],
+        mask=inside[:, None] & inside_c[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    if HAS_STATE:
+        past = (t < 0) & (t > -KERNEL)
+        value += tl.load(
+            state + state_row + c[None, :] * KERNEL + (KERNEL + t)[:, None],
+            mask=past[:, None] & inside_c[None, :],
+            other=0.0,
+        ).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _ids(seq_idx, row, t, length):
+    """Document ids at positions `t`; what lies before the call belongs to its first document."""
+    return tl.load(seq_idx + row + tl.minimum(tl.maximum(t, 0), length - 1))
+
+
+@triton.jit
+def _forward_kernel(
+    x,
+    weight,
+    bias,
+    state,
+    seq_idx,
+    out,
+    length,
+    channels,
+    x_batch,
+    x_stride,
+    KERNEL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    PACKED: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+):
+    batch = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0) * T + tl.arange(0, T)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    inside_c = c < channels
+    total = tl.zeros([T, C], tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias + c, mask=inside_c, other=0.0).to(tl.float32)[None, :]
+    if PACKED:
+        here = _ids(seq_idx, batch * length, t, length)
+    for k in tl.static_range(KERNEL):
+        source = t - (KERNEL - 1) + k
+        value = _input(
+            x,
+            state,
+            source,
+            c,
+            batch * x_batch,
+            batch * channels * KERNEL,
+            x_stride,
+            length,
+            inside_c,
+            KERNEL,
+            HAS_STATE,
+        )
+        if PACKED:
+            same = _ids(seq_idx, batch * length, source, length) == here
+            value = tl.where(same[:, None], value, 0.0)
+        tap = tl.load(weight + c * KERNEL + k, mask=inside_c, other=0.0).to(tl.float32)
+        total += tap[None, :] * value
+    place = out + (batch * length + t)[:, None] * channels + c[None, :]
+    result = total * tl.sigmoid(total)
+    tl.store(place, result.to(out.dtype.element_ty), mask=(t < length)[:, None] & inside_c[None, :])
+
+
+@triton.jit
+def _before_silu_kernel(
+    grad,
+    x,
+    weight,
+    bias,
+    state,
+    seq_idx,
+    grad_before,
+    partial,
+    length,
+    channels,
+    x_batch,
+    x_stride,
+    tiles,
+    KERNEL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    PACKED: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """The gradient before SiLU, in float32, and this program's share of the weight's and the bias's."""
+    batch = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    inside_c = c < channels
+    x_row, state_row, row = batch * x_batch, batch * channels * KERNEL, batch * length
+    slot = tl.arange(0, TAPS)  # taps, then the bias
+    sums = tl.zeros([TAPS, C], tl.float32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        t = tile * T + tl.arange(0, T)
+        before_silu = tl.zeros([T, C], tl.float32)
+        if HAS_BIAS:
+            before_silu += tl.load(bias + c, mask=inside_c, other=0.0).to(tl.float32)[None, :]
+        for k in tl.static_range(KERNEL):
+            source = t - (KERNEL - 1) + k
+            value = _input(x, state, source, c, x_row, state_row, x_stride, length, inside_c, KERNEL, HAS_STATE)
+            if PACKED:
+                same = _ids(seq_idx, row, source, length) == _ids(seq_idx, row, t, length)
+                value = tl.where(same[:, None], value, 0.0)
+            tap = tl.load(weight + c * KERNEL + k, mask=inside_c, other=0.0).to(tl.float32)
+            before_silu += tap[None, :] * value
+        sigmoid = tl.sigmoid(before_silu)
+        place = (row + t)[:, None] * channels + c[None, :]
+        valid = (t < length)[:, None] & inside_c[None, :]
+        g = tl.load(grad + place, mask=valid, other=0.0).to(tl.float32)
+        g = g * sigmoid * (1.0 + before_silu * (1.0 - sigmoid))
+        tl.store(grad_before + place, g, mask=valid)
+        sums += tl.where(slot[:, None] == KERNEL, tl.sum(g, 0)[None, :], 0.0)
+        for k in tl.static_range(KERNEL):
+            source = t - (KERNEL - 1) + k
+            value = _input(x, state, source, c, x_row, state_row, x_stride, length, inside_c, KERNEL, HAS_STATE)
+            if PACKED:
+                same = _ids(seq_idx, row, source, length) == _ids(seq_idx, row, t, length)
+                value = tl.where(same[:, None], value, 0.0)
+            sums += tl.where(slot[:, None] == k, tl.sum(g * value, 0)[None, :], 0.0)
+    place = partial + ((batch * tl.num_programs(0) + tl.program_id(0)) * (KERNEL + 1) + slot)[:, None] * channels
+    tl.store(place + c[None, :], sums, mask=(slot <= KERNEL)[:, None] & inside_c[None, :])
+
+
+@triton.jit
+def _to_inputs_kernel(
+    grad_before,
+    weight,
+    seq_idx,
+    grad_x,
+    grad_state,
+    length,
+    channels,
+    KERNEL: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    PACKED: tl.constexpr,
+    T: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Input s fed the outputs s + ahead, through tap K - 1 - ahead. With a state, s begins K - 1 before the call."""
+    batch = tl.program_id(2).to(tl.int64)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    inside_c = c < channels
+    row = batch * length
+    s = tl.program_id(0) * T + tl.arange(0, T)
+    if HAS_STATE:
+        s = s - (KERNEL - 1)
+    total = tl.zeros([T, C], tl.float32)
+    for ahead in tl.static_range(KERNEL):
+        t = s + ahead
+        valid = (t >= 0) & (t < length)
+        if PACKED:
+            valid = valid & (_ids(seq_idx, row, s, length) == _ids(seq_idx, row, t, length))
+        g = tl.load(
+            grad_before + (row + t)[:, None] * channels + c[None, :],
+            mask=valid[:, None] & inside_c[None, :],
+            other=0.0,
+        )
+        tap = tl.load(weight + c * KERNEL + (KERNEL - 1 - ahead), mask=inside_c, other=0.0).to(tl.float32)
+        total += tap[None, :] * g
+    place = grad_x + (row + s)[:, None] * channels + c[None, :]
+    tl.store(place, total.to(grad_x.dtype.element_ty), mask=((s >= 0) & (s < length))[:, None] & inside_c[None, :])
+    if HAS_STATE:
+        place = grad_state + batch * channels * KERNEL + c[None, :] * KERNEL + (KERNEL + s)[:, None]
+        tl.store(place, total, mask=(s < 0)[:, None] & inside_c[None, :])
+
+
+@triton.jit
+def _update_kernel(
+    state,
+    x,
+    weight,
+    bias,
+    out,
+    channels,
+    x_stride,
+    state_batch,
+    KERNEL: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    C: tl.constexpr,
+):
+    batch = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * C + tl.arange(0, C)
+    k = tl.arange(0, TAPS)
+    inside_c = c < channels
+    both = inside_c[:, None] & (k < KERNEL)[None, :]
+    place = state + batch * state_batch + c[:, None] * KERNEL + k[None, :]
+    new = tl.load(x + batch * x_stride + c, mask=inside_c, other=0.0)
+    window = tl.load(place + 1, mask=inside_c[:, None] & (k < KERNEL - 1)[None, :], other=0.0)
+    window = tl.where((k == KERNEL - 1)[None, :], new[:, None].to(window.dtype), window)
+    # Every thread has read its shifted window before any writes: the lanes of a row may differ.
+    tl.debug_barrier()
+    tl.store(place, window, mask=both)
+    taps = tl.load(weight + c[:, None] * KERNEL + k[None, :], mask=both, other=0.0).to(tl.float32)
+    total = tl.sum(window.to(tl.float32) * taps, 1)
+    if HAS_BIAS:
+        total += tl.load(bias + c, mask=inside_c, other=0.0).to(tl.float32)
+    tl.store(out + batch * channels + c, (total * tl.sigmoid(total)).to(out.dtype.element_ty), mask=inside_c)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    batch, length, channels = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    x, weight = _dense(x), weight.contiguous()
+    grid = (triton.cdiv(length, _POSITIONS), triton.cdiv(channels, _CHANNELS), batch)
+    with on(x):
+        _forward_kernel[grid](
+            x,
+            weight,
+            weight if bias is None else bias,
+            x if state is None else state.contiguous(),
+            x if seq_idx is None else seq_idx.contiguous(),
+            out,
+            length,
+            channels,
+            x.stride(0),
+            x.stride(1),
+            weight.shape[1],
+            bias is not None,
+            state is not None,
+            seq_idx is not None,
+            _POSITIONS,
+            _CHANNELS,
+            num_warps=4,
+        )
+    return out
+
+
+@torch.library.custom_op("nemotron_h_kernels::causal_conv1d", mutates_args=())
+def _conv_op(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    return _conv(x, weight, bias, state, seq_idx)
+
+
+@_conv_op.register_fake
+def _(x, weight, bias, state, seq_idx):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("nemotron_h_kernels::causal_conv1d_backward", mutates_args=())
+def _conv_backward_op(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, length, channels = x.shape
+    kernel = weight.shape[1]
+    grad, x, weight = grad.contiguous(), _dense(x), weight.contiguous()
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_state = torch.zeros((batch, channels, kernel), dtype=torch.float32, device=x.device)
+    if grad_x.numel() == 0:
+        return grad_x, torch.zeros_like(weight), weight.new_zeros(channels), grad_state
+    tiles = triton.cdiv(length, _POSITIONS)
+    programs = min(tiles, _BACKWARD_PROGRAMS)
+    partial = torch.empty((batch * programs, kernel + 1, channels), dtype=torch.float32, device=x.device)
+    grad_before = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    ids = x if seq_idx is None else seq_idx.contiguous()
+    along = triton.cdiv(channels, _CHANNELS)
+    with on(x):
+        _before_silu_kernel[(programs, along, batch)](
+            grad,
+            x,
+            weight,
+            weight if bias is None else bias,
+            x if state is None else state.contiguous(),
+            ids,
+            grad_before,
+            partial,
+            length,
+            channels,
+            x.stride(0),
+            x.stride(1),
+            tiles,
+            kernel,
+            bias is not None,
+            state is not None,
+            seq_idx is not None,
+            _POSITIONS,
+            _CHANNELS,
+            triton.next_power_of_2(kernel + 1),
+            num_warps=4,
+        )
+        reach = length + (0 if state is None else kernel - 1)
+        _to_inputs_kernel[(triton.cdiv(reach, _POSITIONS), along, batch)](
+            grad_before,
+            weight,
+            ids,
+            grad_x,
+            grad_state,
+            length,
+            channels,
+            kernel,
+            state is not None,
+            seq_idx is not None,
+            _POSITIONS,
+            _CHANNELS,
+            num_warps=4,
+        )
+    sums = partial.sum(0)
+    grad_weight = sums[:kernel].t().contiguous().to(weight.dtype)
+    return grad_x, grad_weight, sums[kernel].clone().to(weight.dtype), grad_state
+
+
+@_conv_backward_op.register_fake
+def _(grad, x, weight, bias, state, seq_idx):
+    state_grad = x.new_empty((x.shape[0], *weight.shape), dtype=torch.float32)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]), state_grad
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx, grad):
+    x, weight, bias, state, seq_idx = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias, grad_state = torch.ops.nemotron_h_kernels.causal_conv1d_backward(
+        grad, x, weight, bias, state, seq_idx
+    )
+    grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+    return grad_x, grad_weight, grad_bias, None if state is None else grad_state.to(state.dtype), None
+
+
+_conv_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None, seq_idx: Tensor | None = None
+) -> Tensor:
+    """Causal depthwise convolution and SiLU over a sequence.
+
+    Args:
+        x: (batch, seq, channels).
+        weight: (channels, kernel); tap `kernel - 1` meets the current position.
+        bias: (channels,) or None.
+        state: (batch, channels, kernel), the last `kernel` inputs of an earlier call, oldest first, or None for zeros.
+        seq_idx: (batch, seq) document ids; taps never reach into another document. Or None.
+
+    Returns:
+        (batch, seq, channels) in the dtype of x.
+    """
+    return (_conv_op if as_operator() else _conv)(x, weight, bias, state, seq_idx)
+
+
+def _update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    batch, channels = x.shape
+    kernel = weight.shape[1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x, weight = _dense(x), weight.contiguous()
+    with on(x):
+        _update_kernel[(triton.cdiv(channels, 128), batch)](
+            state,
+            x,
+            weight,
+            weight if bias is None else bias,
+            out,
+            channels,
+            x.stride(0),
+            state.stride(0),
+            kernel,
+            triton.next_power_of_2(kernel),
+            bias is not None,
+            128,
+            num_warps=2,
+        )
+    return out
+
+
+@torch.library.custom_op("nemotron_h_kernels::causal_conv1d_update", mutates_args={"state"})
+def _update_op(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _update(state, x, weight, bias)
+
+
+@_update_op.register_fake
+def _(state, x, weight, bias):
+    return x.new_empty(x.shape)
+
+
+def causal_conv1d_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Advance `state` in place by one token and return the convolution's output for it. Has no gradient.
+
+    Args:
+        state: (batch, channels, kernel), the last `kernel` inputs, oldest first; dense in its last two dimensions.
+        x: (batch, channels).
+        weight, bias: as in `causal_conv1d`.
+
+    Returns:
+        (batch, channels) in the dtype of x.
+    """
+    return (_update_op if torch.compiler.is_compiling() else _update)(state, x, weight, bias)

@@ -1,0 +1,285 @@
+"""Routed experts without a gate: down(relu(up(x))^2), weighted and summed over the chosen experts.
+
+Two ways, chosen by the number of tokens:
+
+- Few tokens read each chosen expert's weights as a stream: one program for a few rows of one token's one expert. Nothing is
+  sorted, nothing waits for the host, and the time is that of the bytes.
+- Many tokens are sorted by expert and multiplied by `torch.nn.functional.grouped_mm`. Around it, one kernel each for the
+  activation, the weighted sum back in the tokens' order, and everything the backward does between its products.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import as_operator, on
+
+# Up to here pairs rarely share an expert (512 experts, top-22), so each pair reads weights of its own.
+_FEW = 16
+
+
+@triton.jit
+def _stream_up_kernel(
+    x, index, up, hidden, width, inner, x_stride, TOP_K: tl.constexpr, R: tl.constexpr, K: tl.constexpr
+):
+    """hidden[pair] = relu(up[expert] x[token])^2, R rows of it."""
+    pair = tl.program_id(1)
+    expert = tl.load(index + pair)
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    k = tl.arange(0, K)
+    rows = up + (expert * inner + r)[:, None] * width
+    total = tl.zeros([R, K], tl.float32)
+    for start in range(0, width, K):
+        inside = start + k < width
+        token = tl.load(x + (pair // TOP_K) * x_stride + start + k, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(rows + (start + k)[None, :], mask=(r < inner)[:, None] & inside[None, :], other=0.0)
+        total += w.to(tl.float32) * token[None, :]
+    active = tl.maximum(tl.sum(total, 1), 0.0)
+    tl.store(hidden + pair * inner + r, active * active, mask=r < inner)
+
+
+@triton.jit
+def _stream_down_kernel(hidden, index, down, y, width, inner, R: tl.constexpr, K: tl.constexpr):
+    """y[pair] = down[expert] hidden[pair], R rows of it."""
+    pair = tl.program_id(1)
+    expert = tl.load(index + pair)
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    k = tl.arange(0, K)
+    rows = down + (expert * width + r)[:, None] * inner
+    total = tl.zeros([R, K], tl.float32)
+    for start in range(0, inner, K):
+        inside = start + k < inner
+        h = tl.load(hidden + pair * inner + start + k, mask=inside, other=0.0)
+        w = tl.load(rows + (start + k)[None, :], mask=(r < width)[:, None] & inside[None, :], other=0.0)
+        total += w.to(tl.float32) * h[None, :]
+    tl.store(y + pair * width + r, tl.sum(total, 1), mask=r < width)
+
+
+@triton.jit
+def _combine_kernel(
+    y, place, weights, out, width, TOP_K: tl.constexpr, PLACED: tl.constexpr, WEIGHTED: tl.constexpr, W: tl.constexpr
+):
+    """out[token] = sum over its pairs of weight * y[place[pair]], in float32 and always in the same order."""
+    token = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * W + tl.arange(0, W)
+    inside = c < width
+    total = tl.zeros([W], tl.float32)
+    for k in range(0, TOP_K):
+        pair = token * TOP_K + k
+        row = pair
+        if PLACED:
+            row = tl.load(place + pair)
+        value = tl.load(y + row * width + c, mask=inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value = value * tl.load(weights + pair)
+        total += value
+    tl.store(out + token * width + c, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _relu_squared_kernel(x, out, count, SIZE: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    value = tl.maximum(tl.load(x + i, mask=i < count, other=0.0).to(tl.float32), 0.0)
+    tl.store(out + i, (value * value).to(out.dtype.element_ty), mask=i < count)
+
+
+@triton.jit
+def _between_products_kernel(hidden, back, pair_weights, squared, grad_hidden, grad_pairs, inner, K: tl.constexpr):
+    """From hidden and back = grad down: relu(hidden)^2, the gradient of hidden, and that of the pair's weight."""
+    pair = tl.program_id(0).to(tl.int64)
+    weight = tl.load(pair_weights + pair)
+    k = tl.arange(0, K)
+    total = tl.zeros([K], tl.float32)
+    for start in range(0, inner, K):
+        i = pair * inner + start + k
+        inside = start + k < inner
+        active = tl.maximum(tl.load(hidden + i, mask=inside, other=0.0).to(tl.float32), 0.0)
+        g = tl.load(back + i, mask=inside, other=0.0).to(tl.float32)
+        square = active * active
+        total += g * square
+        tl.store(squared + i, square.to(squared.dtype.element_ty), mask=inside)
+        tl.store(grad_hidden + i, (g * (2.0 * weight) * active).to(grad_hidden.dtype.element_ty), mask=inside)
+    tl.store(grad_pairs + pair, tl.sum(total, 0))
+
+
+@triton.jit
+def _gather_kernel(grad, rows, pair_weights, plain, scaled, width, W: tl.constexpr):
+    """plain[pair] = grad[rows[pair]], and the same times the pair's weight."""
+    pair = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + pair)
+    weight = tl.load(pair_weights + pair)
+    c = tl.program_id(1) * W + tl.arange(0, W)
+    inside = c < width
+    value = tl.load(grad + row * width + c, mask=inside, other=0.0)
+    tl.store(plain + pair * width + c, value, mask=inside)
+    tl.store(scaled + pair * width + c, (value.to(tl.float32) * weight).to(scaled.dtype.element_ty), mask=inside)
+
+
+def _combine(y: Tensor, place: Tensor | None, weights: Tensor | None, tokens: int, top_k: int, like: Tensor) -> Tensor:
+    width = y.shape[-1]
+    out = torch.empty(tokens, width, dtype=like.dtype, device=y.device)
+    size = min(1024, triton.next_power_of_2(width))
+    if tokens:
+        with on(y):
+            _combine_kernel[(tokens, triton.cdiv(width, size))](
+                y,
+                y if place is None else place,
+                y if weights is None else weights.contiguous(),
+                out,
+                width,
+                top_k,
+                place is not None,
+                weights is not None,
+                size,
+                num_warps=max(1, size // 256),
+            )
+    return out
+
+
+def _few_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    tokens, top_k = index.shape
+    inner, width = up.shape[1:]
+    x, index = x if x.stride(-1) == 1 else x.contiguous(), index.contiguous()
+    pairs = tokens * top_k
+    hidden = torch.empty(pairs, inner, dtype=torch.float32, device=x.device)
+    y = torch.empty(pairs, width, dtype=torch.float32, device=x.device)
+    rows, columns = 8, 512
+    with on(x):
+        _stream_up_kernel[(triton.cdiv(inner, rows), pairs)](
+            x, index, up, hidden, width, inner, x.stride(0), top_k, rows, columns, num_warps=4
+        )
+        _stream_down_kernel[(triton.cdiv(width, rows), pairs)](
+            hidden, index, down, y, width, inner, rows, columns, num_warps=4
+        )
+    return _combine(y, None, weights, tokens, top_k, x)
+
+
+def _sorted_pairs(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order of the flattened (tokens * top_k) pairs by expert, its inverse, and where each expert's block ends (int32)."""
+    # Radix sort takes a pass for every few bits of the key.
+    keys, order = index.reshape(-1).to(torch.int16).sort(stable=True)
+    ends = torch.searchsorted(keys, torch.arange(experts, dtype=torch.int16, device=keys.device), right=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return order, inverse, ends.to(torch.int32)
+
+
+def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x, sorted by expert, times that expert's weight (experts, out, in)."""
+    return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+
+
+def _relu_squared(x: Tensor, out: Tensor) -> Tensor:
+    count = x.numel()
+    if count:
+        with on(x):
+            _relu_squared_kernel[(triton.cdiv(count, 4096),)](x, out, count, 4096, num_warps=8)
+    return out
+
+
+def _many_tokens(
+    x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, keep_hidden: bool
+) -> tuple[Tensor, Tensor]:
+    tokens, top_k = index.shape
+    order, inverse, ends = _sorted_pairs(index, up.shape[0])
+    hidden = _grouped(x[order // top_k], up, ends)
+    squared = _relu_squared(hidden, torch.empty_like(hidden) if keep_hidden else hidden)
+    return _combine(_grouped(squared, down, ends), inverse, weights, tokens, top_k, x), hidden
+
+
+@torch.library.custom_op("nemotron_h_kernels::moe_experts", mutates_args=())
+def _experts_op(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    return _many_tokens(x, index, weights, up, down, keep_hidden=True)
+
+
+@_experts_op.register_fake
+def _(x, index, weights, up, down):
+    return x.new_empty(x.shape), x.new_empty(index.shape[0] * index.shape[1], up.shape[1])
+
+
+@torch.library.custom_op("nemotron_h_kernels::moe_experts_decode", mutates_args=())
+def _decode_op(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return _few_tokens(x, index, weights, up, down)
+
+
+@_decode_op.register_fake
+def _(x, index, weights, up, down):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("nemotron_h_kernels::moe_experts_backward", mutates_args=())
+def _experts_backward_op(
+    grad: Tensor, x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, top_k = index.shape
+    order, inverse, ends = _sorted_pairs(index, up.shape[0])
+    rows = order // top_k
+    pair_weights = weights.reshape(-1)[order]
+    grad = grad.contiguous()
+    pairs, width, inner = order.numel(), x.shape[1], up.shape[1]
+    grad_rows, scaled = (torch.empty(pairs, width, dtype=x.dtype, device=x.device) for _ in range(2))
+    size = min(1024, triton.next_power_of_2(width))
+    with on(x):
+        _gather_kernel[(pairs, triton.cdiv(width, size))](
+            grad, rows, pair_weights, grad_rows, scaled, width, size, num_warps=max(1, size // 256)
+        )
+    back = _grouped(grad_rows, down.transpose(-2, -1), ends)
+    squared, grad_hidden = torch.empty_like(hidden), torch.empty_like(hidden)
+    grad_pairs = torch.empty(pairs, dtype=torch.float32, device=x.device)
+    with on(x):
+        _between_products_kernel[(pairs,)](
+            hidden, back, pair_weights, squared, grad_hidden, grad_pairs, inner, 1024, num_warps=4
+        )
+    grad_weights = torch.empty_like(grad_pairs)
+    grad_weights[order] = grad_pairs
+    del back, grad_rows
+    grad_down = F.grouped_mm(scaled.t(), squared, offs=ends)
+    grad_up = F.grouped_mm(grad_hidden.t(), x[rows], offs=ends)
+    grad_x = _combine(_grouped(grad_hidden, up.transpose(-2, -1), ends), inverse, None, tokens, top_k, x)
+    return grad_x, grad_weights.view_as(weights), grad_up, grad_down
+
+
+@_experts_backward_op.register_fake
+def _(grad, x, index, weights, up, down, hidden):
+    return x.new_empty(x.shape), weights.new_empty(weights.shape), torch.empty_like(up), torch.empty_like(down)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _autograd(ctx, grad, _):
+    x, index, weights, up, down, hidden = ctx.saved_tensors
+    grad_x, grad_weights, grad_up, grad_down = torch.ops.nemotron_h_kernels.moe_experts_backward(
+        grad, x, index, weights, up, down, hidden
+    )
+    return grad_x, None, grad_weights, grad_up, grad_down
+
+
+_experts_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def moe_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Weighted sum of the chosen experts' outputs.
+
+    Args:
+        x: (tokens, width), bfloat16 (float32 too, for up to 16 tokens without gradients).
+        index: (tokens, top_k) int64, chosen experts.
+        weights: (tokens, top_k) float32, their weights.
+        up: (experts, intermediate, width), contiguous.
+        down: (experts, width, intermediate), contiguous.
+
+    Returns:
+        (tokens, width) in the dtype of x; the sum over experts is taken in float32.
+    """
+    if torch.is_grad_enabled():
+        return _experts_op(x, index, weights, up, down)[0]
+    if x.shape[0] <= _FEW:
+        return (_decode_op if as_operator() else _few_tokens)(x, index, weights, up, down)
+    if as_operator():
+        return _experts_op(x, index, weights, up, down)[0]
+    return _many_tokens(x, index, weights, up, down, keep_hidden=False)[0]

@@ -1,0 +1,194 @@
+"""RMS norm, plain and gated in groups: one pass over the inputs forward, one backward.
+
+    rms_norm(x)          = w * x / sqrt(mean(x^2) + eps)
+    gated_rms_norm(y, z) = w * v / sqrt(mean over the group of v^2 + eps),   v = y * silu(z)
+
+The backward recomputes everything from the inputs. The weight's gradient is summed by a fixed set of programs, each over
+its own rows, then over the programs: the same result in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import as_operator, block, on, rows_of
+
+_PROGRAMS = 264  # of the backward: two for each multiprocessor of an H100
+
+
+@triton.jit
+def _forward_kernel(
+    y, z, weight, out, y_stride, z_stride, width, eps, GROUP: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < GROUP
+    column = tl.program_id(1) * GROUP + i
+    v = tl.load(y + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        gate = tl.load(z + row * z_stride + column, mask=inside, other=0.0).to(tl.float32)
+        v = v * gate * tl.sigmoid(gate)
+    scale = tl.rsqrt(tl.sum(v * v, 0) / GROUP + eps)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + column, (v * scale * w).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    grad,
+    y,
+    z,
+    weight,
+    grad_y,
+    grad_z,
+    partial,
+    grad_stride,
+    y_stride,
+    z_stride,
+    rows,
+    width,
+    eps,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    program = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    inside = i < GROUP
+    column = tl.program_id(1) * GROUP + i
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros([BLOCK], tl.float32)
+    for index in range(program, rows, tl.num_programs(0)):
+        row = tl.full((), 0, tl.int64) + index
+        y_row = tl.load(y + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+        v = y_row
+        if GATED:
+            gate = tl.load(z + row * z_stride + column, mask=inside, other=0.0).to(tl.float32)
+            sigmoid = tl.sigmoid(gate)
+            silu = gate * sigmoid
+            v = y_row * silu
+        scale = tl.rsqrt(tl.sum(v * v, 0) / GROUP + eps)
+        normed = v * scale
+        grad_weight += g * normed
+        g = g * w
+        grad_v = scale * (g - normed * (tl.sum(g * normed, 0) / GROUP))
+        if GATED:
+            slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+            tl.store(grad_z + row * width + column, (grad_v * y_row * slope).to(grad_z.dtype.element_ty), mask=inside)
+            grad_v = grad_v * silu
+        tl.store(grad_y + row * width + column, grad_v.to(grad_y.dtype.element_ty), mask=inside)
+    tl.store(partial + program * width + column, grad_weight, mask=inside)
+
+
+def _warps(size: int) -> int:
+    return min(16, max(1, size // 512))
+
+
+def _norm(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int) -> Tensor:
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    width = y.shape[-1]
+    flat = rows_of(y)
+    gate = flat if z is None else rows_of(z)
+    if flat.shape[0] == 0:
+        return out
+    size = block(group_size)
+    with on(y):
+        _forward_kernel[(flat.shape[0], width // group_size)](
+            flat,
+            gate,
+            weight,
+            out,
+            flat.stride(0),
+            gate.stride(0),
+            width,
+            eps,
+            group_size,
+            size,
+            z is not None,
+            num_warps=_warps(size),
+        )
+    return out
+
+
+@torch.library.custom_op("nemotron_h_kernels::rms_norm", mutates_args=())
+def _norm_op(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int) -> Tensor:
+    return _norm(y, z, weight, eps, group_size)
+
+
+@_norm_op.register_fake
+def _(y, z, weight, eps, group_size):
+    return y.new_empty(y.shape)
+
+
+@torch.library.custom_op("nemotron_h_kernels::rms_norm_backward", mutates_args=())
+def _norm_backward_op(
+    grad: Tensor, y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = y.shape[-1]
+    flat, flat_grad = rows_of(y), rows_of(grad)
+    gate = flat if z is None else rows_of(z)
+    rows = flat.shape[0]
+    grad_y = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    grad_z = y.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    if rows == 0:
+        return grad_y, grad_z, torch.zeros_like(weight)
+    programs = min(rows, _PROGRAMS)
+    partial = torch.empty(programs, width, dtype=torch.float32, device=y.device)
+    size = block(group_size)
+    with on(y):
+        _backward_kernel[(programs, width // group_size)](
+            flat_grad,
+            flat,
+            gate,
+            weight,
+            grad_y,
+            grad_z,
+            partial,
+            flat_grad.stride(0),
+            flat.stride(0),
+            gate.stride(0),
+            rows,
+            width,
+            eps,
+            group_size,
+            size,
+            z is not None,
+            num_warps=_warps(size),
+        )
+    return grad_y, grad_z, partial.sum(0).to(weight.dtype)
+
+
+@_norm_backward_op.register_fake
+def _(grad, y, z, weight, eps, group_size):
+    return y.new_empty(y.shape), y.new_empty(0) if z is None else z.new_empty(z.shape), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    y, z, weight, eps, group_size = inputs
+    ctx.save_for_backward(y, z, weight)
+    ctx.eps, ctx.group_size = eps, group_size
+
+
+def _autograd(ctx, grad):
+    y, z, weight = ctx.saved_tensors
+    grad_y, grad_z, grad_weight = torch.ops.nemotron_h_kernels.rms_norm_backward(
+        grad, y, z, weight, ctx.eps, ctx.group_size
+    )
+    return grad_y, None if z is None else grad_z, grad_weight, None, None
+
+
+_norm_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last dimension of x (..., width); weight (width,). Returns the dtype of x."""
+    return (_norm_op if as_operator() else _norm)(x, None, weight, eps, x.shape[-1])
+
+
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
+    """RMS norm of y * silu(z) in groups of `group_size`; y, z (..., width); weight (width,). Returns the dtype of y."""
+    return (_norm_op if as_operator() else _norm)(y, z, weight, eps, group_size)

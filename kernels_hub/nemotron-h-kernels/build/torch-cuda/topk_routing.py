@@ -1,0 +1,236 @@
+"""The router's choice: sigmoid, correction bias, the top-k of it, normalised and scaled weights; one program a token.
+
+    s = sigmoid(logits);  chosen = top-k of s + bias;  w = scale * s / (sum over the chosen of s + 1e-20)
+
+All in float32. The gradient reaches the logits through the weights alone: the choice has none.
+
+Logits of bfloat16 inputs come from the tensor cores: products of bfloat16 numbers are exact in float32, where they are
+summed and where the result stays. In the backward the float32 gradient enters as the sum of two bfloat16 numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import as_operator, block, on
+
+
+@triton.jit
+def _route_kernel(
+    logits,
+    bias,
+    weights,
+    index,
+    experts,
+    scale,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    E: tl.constexpr,
+    NORMALISE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, E)
+    slot = tl.arange(0, SLOTS)
+    inside = e < experts
+    score = tl.sigmoid(tl.load(logits + row * experts + e, mask=inside, other=0.0))
+    choice = score + tl.load(bias + e, mask=inside, other=0.0)
+    # What is not a number ranks below every number and above the padding, so that an index is always valid.
+    choice = tl.where(choice == choice, choice, -3.0e38)
+    choice = tl.where(inside, choice, float("-inf"))
+    chosen = tl.zeros([SLOTS], tl.int32)
+    kept = tl.zeros([SLOTS], tl.float32)
+    for k in tl.static_range(TOP_K):
+        best = tl.argmax(choice, 0)
+        chosen = tl.where(slot == k, best, chosen)
+        kept = tl.where(slot == k, tl.sum(tl.where(e == best, score, 0.0), 0), kept)
+        choice = tl.where(e == best, float("-inf"), choice)
+    if NORMALISE:
+        kept = kept / (tl.sum(kept, 0) + 1e-20)
+    used = slot < TOP_K
+    tl.store(weights + row * TOP_K + slot, kept * scale, mask=used)
+    tl.store(index + row * TOP_K + slot, chosen.to(tl.int64), mask=used)
+
+
+@triton.jit
+def _backward_kernel(
+    grad,
+    logits,
+    index,
+    grad_logits,
+    experts,
+    scale,
+    TOP_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    E: tl.constexpr,
+    NORMALISE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, E)
+    slot = tl.arange(0, SLOTS)
+    used = slot < TOP_K
+    chosen = tl.load(index + row * TOP_K + slot, mask=used, other=-1)
+    g = tl.load(grad + row * TOP_K + slot, mask=used, other=0.0) * scale
+    score = tl.sigmoid(tl.load(logits + row * experts + chosen, mask=used, other=0.0))
+    score = tl.where(used, score, 0.0)
+    if NORMALISE:
+        total = tl.sum(score, 0) + 1e-20
+        g = (g - tl.sum(g * score, 0) / total) / total
+    g = g * score * (1.0 - score)
+    out = tl.sum(tl.where(chosen[:, None] == e[None, :], g[:, None], 0.0), 0)
+    tl.store(grad_logits + row * experts + e, out, mask=e < experts)
+
+
+def _route(logits: Tensor, bias: Tensor, top_k: int, normalise: bool, scale: float) -> tuple[Tensor, Tensor]:
+    tokens, experts = logits.shape
+    logits = logits.contiguous()
+    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
+    index = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
+    if tokens:
+        with on(logits):
+            _route_kernel[(tokens,)](
+                logits,
+                bias.contiguous(),
+                weights,
+                index,
+                experts,
+                scale,
+                top_k,
+                block(top_k, 1),
+                block(experts, 1),
+                normalise,
+                num_warps=1 if tokens > 64 else 4,
+            )
+    return weights, index
+
+
+@torch.library.custom_op("nemotron_h_kernels::topk_routing", mutates_args=())
+def _route_op(logits: Tensor, bias: Tensor, top_k: int, normalise: bool, scale: float) -> tuple[Tensor, Tensor]:
+    return _route(logits, bias, top_k, normalise, scale)
+
+
+@_route_op.register_fake
+def _(logits, bias, top_k, normalise, scale):
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("nemotron_h_kernels::topk_routing_backward", mutates_args=())
+def _route_backward_op(grad: Tensor, logits: Tensor, index: Tensor, normalise: bool, scale: float) -> Tensor:
+    tokens, experts = logits.shape
+    top_k = index.shape[1]
+    logits = logits.contiguous()
+    grad_logits = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    if tokens:
+        with on(logits):
+            _backward_kernel[(tokens,)](
+                grad.contiguous(),
+                logits,
+                index,
+                grad_logits,
+                experts,
+                scale,
+                top_k,
+                block(top_k, 1),
+                block(experts, 1),
+                normalise,
+                num_warps=4,
+            )
+    return grad_logits
+
+
+@_route_backward_op.register_fake
+def _(grad, logits, index, normalise, scale):
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, _, _, ctx.normalise, ctx.scale = inputs
+    ctx.save_for_backward(logits, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx, grad_weights, _):
+    logits, index = ctx.saved_tensors
+    grad = torch.ops.nemotron_h_kernels.topk_routing_backward(grad_weights, logits, index, ctx.normalise, ctx.scale)
+    return grad, None, None, None, None
+
+
+_route_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of bfloat16 matrices, summed and returned in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _split_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of a float32 and a bfloat16 matrix in float32, to 17 bits of a."""
+    high = a.to(b.dtype)
+    return _product(high, b) + _product((a - high).to(b.dtype), b)
+
+
+@torch.library.custom_op("nemotron_h_kernels::router_logits", mutates_args=())
+def _logits_op(x: Tensor, weight: Tensor) -> Tensor:
+    return _product(x, weight.t())
+
+
+@_logits_op.register_fake
+def _(x, weight):
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("nemotron_h_kernels::router_logits_backward", mutates_args=())
+def _logits_backward_op(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return _split_product(grad, weight).to(x.dtype), _split_product(grad.t(), x).to(weight.dtype)
+
+
+@_logits_backward_op.register_fake
+def _(grad, x, weight):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _logits_setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _logits_autograd(ctx, grad):
+    return torch.ops.nemotron_h_kernels.router_logits_backward(grad, *ctx.saved_tensors)
+
+
+_logits_op.register_autograd(_logits_autograd, setup_context=_logits_setup)
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x (tokens, hidden) times weight (experts, hidden), transposed, in float32: (tokens, experts)."""
+    if x.dtype == torch.float32:
+        return F.linear(x, weight)
+    return (_logits_op if as_operator() else lambda x, weight: _product(x, weight.t()))(x, weight)
+
+
+def topk_routing(
+    logits: Tensor,
+    bias: Tensor,
+    top_k: int,
+    normalise: bool = True,
+    scale: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Choose experts and weigh them.
+
+    Args:
+        logits: (tokens, experts), float32.
+        bias: (experts,), float32; steers the choice, not the weights.
+        top_k: experts a token.
+        normalise: divide a token's weights by their sum.
+        scale: factor on every weight.
+        n_group, topk_group: only 1 is served here.
+
+    Returns:
+        weights (tokens, top_k) float32 and experts (tokens, top_k) int64, best first.
+    """
+    return (_route_op if as_operator() else _route)(logits, bias, top_k, normalise, scale)

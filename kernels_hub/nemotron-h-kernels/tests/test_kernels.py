@@ -1,0 +1,73 @@
+"""A build of this repository, loaded by the `kernels` library, against plain formulas. Needs a GPU.
+
+pytest tests/test_kernels.py
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+kernels = pytest.importorskip("kernels")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.fixture(scope="module")
+def ops():
+    return kernels.get_local_kernel(Path(__file__).parents[1])
+
+
+def close(found, expected, tolerance):
+    assert (found.double() - expected.double()).norm() <= tolerance * expected.double().norm()
+
+
+def rand(*shape):
+    return torch.randn(shape, device="cuda")
+
+
+def test_scan_is_the_recurrence(ops):
+    x, B, C, D, A = rand(1, 90, 4, 64), rand(1, 90, 2, 128), rand(1, 90, 2, 128), rand(4), -rand(4).exp()
+    dt = F.softplus(rand(1, 90, 4) - 2)
+    state, outputs = torch.zeros(1, 4, 64, 128, device="cuda"), []
+    stepped = state.clone()
+    for t in range(90):
+        args = x[:, t], dt[:, t], A, B[:, t], C[:, t], D
+        outputs.append(ops.selective_state_update(stepped, *args))
+        b, c = (v[:, t].repeat_interleave(2, 1) for v in (B, C))
+        state = (
+            state * (dt[:, t] * A).exp()[..., None, None] + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, :, None]
+        )
+        close(outputs[-1], (state * c[:, :, None]).sum(-1) + D[:, None] * x[:, t], 1e-4)
+    y, final = ops.ssd_chunk_scan(x, dt, A, B, C, D)
+    close(y, torch.stack(outputs, 1), 1e-4)
+    close(final, state, 1e-4)
+
+
+def test_norms(ops):
+    y, z, weight = rand(7, 256), rand(7, 256), rand(256)
+    close(ops.rms_norm(y, weight, 1e-5), weight * y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt(), 1e-5)
+    v = (y * F.silu(z)).view(7, 4, 64)
+    expected = weight * (v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(1)
+    close(ops.gated_rms_norm(y, z, weight, 1e-5, 64), expected, 1e-5)
+
+
+def test_convolution(ops):
+    x, weight, bias = rand(2, 50, 96), rand(96, 4), rand(96)
+    padded = F.pad(x.mT, (3, 0))
+    expected = F.silu(F.conv1d(padded, weight[:, None], bias, groups=96)).mT
+    close(ops.causal_conv1d(x, weight, bias), expected, 1e-5)
+    window = torch.zeros(2, 96, 4, device="cuda")
+    steps = [ops.causal_conv1d_update(window, x[:, t], weight, bias) for t in range(50)]
+    close(torch.stack(steps, 1), expected, 1e-5)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_mixture_of_experts(ops, tokens):
+    x, up, down = rand(tokens, 64).bfloat16(), rand(8, 96, 64).bfloat16(), rand(8, 64, 96).bfloat16()
+    weights, index = ops.topk_routing(rand(tokens, 8), torch.zeros(8, device="cuda"), 2)
+    with torch.no_grad():
+        found = ops.moe_experts(x, index, weights, up, down)
+    hidden = torch.einsum("tkiw,tw->tki", up.double()[index], x.double()).relu().square()
+    expected = torch.einsum("tk,tkwi,tki->tw", weights.double(), down.double()[index], hidden)
+    close(found, expected, 1e-2)

@@ -1,0 +1,380 @@
+"""Which implementation serves each op: a kernel from a repository, the bundled Triton kernels, or the torch reference.
+
+The choice is made at each call from what the tensors are (device, dtype, shape), by plain tests: nothing is tried and
+caught. Left alone, the best that can serve does. To force one:
+
+    NEMOTRON_SUPER_KERNELS=torch                        in the environment, for every op
+    NEMOTRON_SUPER_KERNELS=torch,rms_norm=triton        every op, then single ones
+    with use_kernels("torch"): ...                      for a stretch of code; also use_kernels(ssd_chunk_scan="triton")
+
+A forced choice that cannot serve a call raises `KernelError`, naming the op and the reason. `report()` says what serves.
+
+Sources: `hub`, a kernel repository added with `add_kernel_repository`; `triton`, the kernels that travel with this package;
+`torch`, the reference, which serves everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
+from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
+from .reference.moe_experts import moe_experts as _moe_experts
+from .reference.rms_norm import gated_rms_norm as _gated_rms_norm
+from .reference.rms_norm import rms_norm as _rms_norm
+from .reference.selective_state_update import selective_state_update as _selective_state_update
+from .reference.ssd_chunk_scan import ssd_chunk_scan as _ssd_chunk_scan
+from .reference.topk_routing import router_logits as _router_logits
+from .reference.topk_routing import topk_routing as _topk_routing
+
+BUNDLE = Path(__file__).parent / "nemotron-h-kernels"
+SETTING = "NEMOTRON_SUPER_KERNELS"
+SOURCES = ("hub", "triton", "torch")
+_SERVED = (torch.bfloat16, torch.float32)
+
+
+class KernelError(RuntimeError):
+    """A forced kernel cannot serve, or the setting names what does not exist."""
+
+
+def _dtype_of(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = _SERVED) -> str | None:
+    if tensor.dtype in dtypes:
+        return None
+    return f"`{name}` is {tensor.dtype}, the kernel serves {', '.join(str(d) for d in dtypes)}"
+
+
+def _dense_tail(name: str, tensor: Tensor, dims: int) -> str | None:
+    """The last `dims` dimensions have to lie without gaps."""
+    stride = 1
+    for dim in range(-1, -dims - 1, -1):
+        if tensor.stride(dim) != stride and tensor.shape[dim] > 1:
+            return f"`{name}` has strides {tensor.stride()}: its last {dims} dimensions have to be contiguous"
+        stride *= tensor.shape[dim]
+    return None
+
+
+# Why the Triton kernel of an op cannot serve these arguments, or None. Devices are looked at before.
+
+
+def _norm_limits(x: Tensor, weight: Tensor, eps: float) -> str | None:
+    if x.shape[-1] > 65536:
+        return f"`x` is {x.shape[-1]} wide, the kernel holds at most 65536 in one program"
+    return _dtype_of("x", x)
+
+
+def _gated_norm_limits(y: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> str | None:
+    return _dtype_of("y", y) or _dtype_of("z", z)
+
+
+def _conv_limits(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None, seq_idx: Tensor | None = None
+) -> str | None:
+    if x.shape[0] > 65535:
+        return f"`x` has {x.shape[0]} rows, a launch takes 65535"
+    return _dtype_of("x", x)
+
+
+def _conv_update_limits(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return "the one-token kernel has no gradient: call it under `torch.no_grad()`"
+    return _dtype_of("x", x) or _dense_tail("state", state, 2)
+
+
+def _scan_limits(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> str | None:
+    if x.numel() == 0:
+        return "`x` is empty"
+    if (x.shape[-1], B.shape[-1]) != (64, 128) and (x.is_cuda or x.shape[-1] > 64 or B.shape[-1] > 128):
+        return f"head_dim {x.shape[-1]} and state_size {B.shape[-1]}: the compiled kernel serves 64 and 128"
+    if B.dtype != x.dtype or C.dtype != x.dtype:
+        return f"`x`, `B` and `C` are {x.dtype}, {B.dtype} and {C.dtype}: the kernel wants one dtype"
+    return _dtype_of("x", x)
+
+
+def _state_update_limits(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+) -> str | None:
+    if torch.is_grad_enabled() and (x.requires_grad or dt.requires_grad or A.requires_grad):
+        return "the one-token kernel has no gradient: call it under `torch.no_grad()`"
+    return _dtype_of("x", x) or _dense_tail("state", state, 2)
+
+
+def _logits_limits(x: Tensor, weight: Tensor) -> str | None:
+    if weight.dtype != x.dtype:
+        return f"`x` and `weight` are {x.dtype} and {weight.dtype}: the kernel wants one dtype"
+    if x.dtype == torch.bfloat16 and not x.is_cuda:
+        return "in bfloat16 the kernel needs a GPU"
+    return _dtype_of("x", x)
+
+
+def _routing_limits(
+    logits: Tensor,
+    bias: Tensor,
+    top_k: int,
+    normalise: bool = True,
+    scale: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+) -> str | None:
+    if n_group > 1:
+        return f"`n_group` is {n_group}, the kernel knows one group"
+    if logits.shape[-1] > 4096:
+        return f"{logits.shape[-1]} experts, the kernel serves up to 4096"
+    return _dtype_of("logits", logits, (torch.float32,)) or _dtype_of("bias", bias, (torch.float32,))
+
+
+def _experts_limits(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> str | None:
+    if up.dtype != x.dtype or down.dtype != x.dtype:
+        return f"`x`, `up` and `down` are {x.dtype}, {up.dtype} and {down.dtype}: the kernel wants one dtype"
+    if x.dtype == torch.float32 and (torch.is_grad_enabled() or x.shape[0] > 16):
+        return "in float32 the kernel serves up to 16 tokens, without gradients"
+    if up.shape[0] > 32767:
+        return f"{up.shape[0]} experts, the kernel serves up to 32767"
+    if x.dtype == torch.bfloat16 and (x.shape[1] % 8 or up.shape[1] % 8):
+        return f"width {x.shape[1]} and intermediate {up.shape[1]}: grouped_mm wants multiples of 8"
+    return _dtype_of("x", x) or _dense_tail("up", up, 3) or _dense_tail("down", down, 3)
+
+
+class Op:
+    """One op: call it with the arguments of its reference, and what serves best answers."""
+
+    def __init__(self, name: str, reference: Callable, limits: Callable):
+        self.name, self.reference, self.limits = name, reference, limits
+        self.kernels: dict[str, Callable] = {}  # by source, once loaded
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forced = _forced.get(self.name)
+        # Without this line first, one decoded token on a CPU would pay for what only a GPU needs.
+        if forced == "torch" or (forced is None and not args[0].is_cuda):
+            return self.reference(*args, **kwargs)
+        source, kernel, reason = self.choose(*args, **kwargs)
+        if forced is not None and source != forced:
+            raise KernelError(f"`{self.name}` is forced to {forced!r}, which cannot serve this call: {reason}.")
+        return kernel(*args, **kwargs)
+
+    def choose(self, *args: Any, **kwargs: Any) -> tuple[str, Callable, str]:
+        """What serves these arguments: source, function, and why nothing better does (empty if nothing is)."""
+        forced = _forced.get(self.name)
+        reasons: list[str] = []
+        for source in ("hub", "triton") if forced is None else (forced,):
+            reason = _cannot_load(source, self.name) or _cannot_run(args[0].device, forced is not None)
+            reason = reason or self.limits(*args, **kwargs)
+            if reason is None:
+                return source, self._kernel(source), "; ".join(reasons)
+            reasons.append(f"{source}: {reason}" if forced is None else reason)
+        return "torch", self.reference, "; ".join(reasons)
+
+    def _kernel(self, source: str) -> Callable:
+        if source not in self.kernels:
+            module = _repositories[0] if source == "hub" else _bundle()
+            self.kernels[source] = getattr(module, self.name)
+        return self.kernels[source]
+
+
+causal_conv1d = Op("causal_conv1d", _causal_conv1d, _conv_limits)
+causal_conv1d_update = Op("causal_conv1d_update", _causal_conv1d_update, _conv_update_limits)
+ssd_chunk_scan = Op("ssd_chunk_scan", _ssd_chunk_scan, _scan_limits)
+selective_state_update = Op("selective_state_update", _selective_state_update, _state_update_limits)
+rms_norm = Op("rms_norm", _rms_norm, _norm_limits)
+gated_rms_norm = Op("gated_rms_norm", _gated_rms_norm, _gated_norm_limits)
+router_logits = Op("router_logits", _router_logits, _logits_limits)
+topk_routing = Op("topk_routing", _topk_routing, _routing_limits)
+moe_experts = Op("moe_experts", _moe_experts, _experts_limits)
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        causal_conv1d,
+        causal_conv1d_update,
+        ssd_chunk_scan,
+        selective_state_update,
+        rms_norm,
+        gated_rms_norm,
+        router_logits,
+        topk_routing,
+        moe_experts,
+    )
+}
+
+_repositories: list[ModuleType] = []  # at most one
+_has_triton = importlib.util.find_spec("triton") is not None
+
+
+def _parse(setting: str) -> dict[str, str]:
+    """`"torch,rms_norm=triton"` -> the forced source of each op."""
+    forced: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in setting.split(","))):
+        name, equals, source = part.rpartition("=")
+        if equals and name not in OPS:
+            raise KernelError(f"{SETTING} names the op {name!r}; there are {', '.join(OPS)}.")
+        if source not in (*SOURCES, "auto"):
+            raise KernelError(f"{SETTING} names the source {source!r}; there are auto, {', '.join(SOURCES)}.")
+        for op in (name,) if equals else OPS:
+            forced.pop(op, None)
+            if source != "auto":
+                forced[op] = source
+    return forced
+
+
+_forced = _parse(os.environ.get(SETTING, ""))
+
+
+@contextlib.contextmanager
+def use_kernels(source: str = "", **by_op: str) -> Iterator[None]:
+    """Force what serves, for every op or for those named, while the context lasts.
+
+    Args:
+        source: `torch`, `triton`, `hub`, or `auto` for the best; for every op.
+        by_op: the same for single ops, such as `ssd_chunk_scan="triton"`.
+
+    Raises:
+        KernelError: an unknown op or source; later, where a forced kernel cannot serve a call.
+    """
+    global _forced
+    setting = ",".join([source, *(f"{name}={wanted}" for name, wanted in by_op.items())])
+    before = _forced
+    # What is not named stays as it was.
+    _forced = _parse(setting) if source else {**_parse(setting), **{k: v for k, v in before.items() if k not in by_op}}
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def add_kernel_repository(repository: str | Path, version: int | None = None, trust_remote_code: bool = False) -> None:
+    """Serve ops from a kernel repository, through the `kernels` library, before the bundled kernels.
+
+    Args:
+        repository: a folder with `build/` in it, or the name of a repository on the hub.
+        version: version of a repository on the hub; needed there, so that what runs does not change by itself.
+        trust_remote_code: allow a publisher whom the `kernels` library does not know.
+
+    Raises:
+        KernelError: `kernels` is not installed, no version was given, or the repository has none of the ops.
+    """
+    if importlib.util.find_spec("kernels") is None:
+        raise KernelError("Kernel repositories are loaded by the `kernels` library: pip install kernels.")
+    import kernels
+
+    if Path(repository).is_dir():
+        module = kernels.get_local_kernel(Path(repository))
+    elif version is None:
+        raise KernelError(f"Give the `version` of {str(repository)!r}: an unpinned kernel may change under you.")
+    else:
+        module = kernels.get_kernel(str(repository), version=version, trust_remote_code=trust_remote_code)
+    if not any(hasattr(module, name) for name in OPS):
+        raise KernelError(f"{str(repository)!r} has none of the ops {', '.join(OPS)}.")
+    _repositories[:] = [module]
+    for op in OPS.values():
+        op.kernels.pop("hub", None)
+
+
+def _cannot_load(source: str, op: str) -> str | None:
+    if source == "hub":
+        if not _repositories:
+            return "no kernel repository was added"
+        return None if hasattr(_repositories[0], op) else "the kernel repository lacks it"
+    if source == "triton" and not _has_triton:
+        return "triton is not installed"
+    return None
+
+
+def _cannot_run(device: torch.device, forced: bool) -> str | None:
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "the kernels were not tried on AMD GPUs"
+        return None if _capability(device.index) >= (8, 0) else "the GPU is older than compute capability 8.0"
+    if device.type == "cpu" and forced and os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # Triton's interpreter: slow, for tests
+    return f"the tensors are on {device.type!r}, Triton serves 'cuda'"
+
+
+_capabilities: dict[int | None, tuple[int, int]] = {}
+
+
+def _capability(index: int | None) -> tuple[int, int]:
+    if index not in _capabilities:
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    return _capabilities[index]
+
+
+def _bundle() -> ModuleType:
+    """The bundled kernels, imported from their files as the `kernels` library does: their folder is no package name."""
+    name = "nemotron_h_kernels_bundled"
+    if name not in sys.modules:
+        file = BUNDLE / "build" / "torch-cuda" / "__init__.py"
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None or not file.exists():
+            raise KernelError(f"The bundled kernels are missing: {file} does not exist. Install the package again.")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+if _has_triton and torch.version.cuda is not None:
+    _bundle()  # now, since a compiler that traces a model cannot follow an import
+
+
+def _example(op: str, device: torch.device, dtype: torch.dtype) -> tuple:
+    """Small arguments of the kind a model gives the op."""
+
+    def t(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    real = torch.float32
+    index = t(2, 2, dtype=torch.int64)
+    return {
+        "causal_conv1d": (t(1, 4, 16), t(16, 4)),
+        "causal_conv1d_update": (t(1, 16, 4), t(1, 16), t(16, 4)),
+        "ssd_chunk_scan": (t(1, 4, 2, 64), t(1, 4, 2, dtype=real), t(2), t(1, 4, 1, 128), t(1, 4, 1, 128), t(2)),
+        "selective_state_update": (
+            *(t(1, 2, 16, 16, dtype=real), t(1, 2, 16), t(1, 2, dtype=real), t(2), t(1, 1, 16), t(1, 1, 16), t(2)),
+        ),
+        "rms_norm": (t(2, 16), t(16), 1e-5),
+        "gated_rms_norm": (t(2, 16), t(2, 16), t(16), 1e-5, 8),
+        "router_logits": (t(2, 16), t(8, 16)),
+        "topk_routing": (t(2, 8, dtype=real), t(8, dtype=real), 2),
+        "moe_experts": (t(2, 16), index, t(2, 2, dtype=real), t(8, 32, 16), t(8, 16, 32)),
+    }[op]
+
+
+def report(device: str | torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
+    """A table: each op, what serves it for tensors of this device and dtype, and why nothing better does."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = [("op", "served by", "why not better")]
+    with torch.no_grad():
+        for name, op in OPS.items():
+            forced = _forced.get(name)
+            source, _, reason = op.choose(*_example(name, device, dtype))
+            if forced == source:
+                reason = "forced" + (f" by {SETTING}" if SETTING in os.environ else "")
+            elif forced is not None:
+                source, reason = "none", f"forced to {forced}: {reason}"
+            rows.append((name, source, reason))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+    return "\n".join([f"{device}, {str(dtype).removeprefix('torch.')}", *lines])

@@ -1,0 +1,215 @@
+"""What serves each op: the choice, how it is forced, how it fails, and the table that says so."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from nemotron_super import cli
+from nemotron_super.kernels_hub import registry
+from nemotron_super.kernels_hub.registry import KernelError, use_kernels
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a machine with a GPU the kernels are compiled, and do not take CPU tensors"
+)
+
+
+def norm_inputs(dtype=torch.float32):
+    return torch.randn(3, 8, dtype=dtype), torch.ones(8, dtype=dtype), 1e-5
+
+
+def test_on_a_cpu_the_reference_serves_every_op():
+    for name, op in registry.OPS.items():
+        source, function, reason = op.choose(*registry._example(name, torch.device("cpu"), torch.bfloat16))
+        assert (source, function) == ("torch", op.reference)
+        assert "Triton serves 'cuda'" in reason and "no kernel repository" in reason
+
+
+def test_on_a_cpu_nothing_stands_between_the_call_and_the_reference(monkeypatch):
+    monkeypatch.setattr(registry.Op, "choose", lambda *args: pytest.fail("the choice was made again"))
+    x, weight, eps = norm_inputs()
+    assert torch.equal(registry.rms_norm(x, weight, eps), registry.rms_norm.reference(x, weight, eps))
+
+
+def test_models_call_the_registry(make_model, monkeypatch):
+    served = set()
+    call = registry.Op.__call__
+
+    def note(op, *args, **kwargs):
+        served.add(op.name)
+        return call(op, *args, **kwargs)
+
+    monkeypatch.setattr(registry.Op, "__call__", note)
+    make_model("MEM*E").generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3, min_new_tokens=3)
+    assert served == set(registry.OPS)
+
+
+@interpreted
+def test_a_context_forces_and_gives_back():
+    x, weight, eps = norm_inputs()
+    assert registry.rms_norm.choose(x, weight, eps)[0] == "torch"
+    with use_kernels("triton"):
+        assert registry.rms_norm.choose(x, weight, eps)[0] == "triton"
+        found = registry.rms_norm(x, weight, eps)
+        with use_kernels(rms_norm="torch"):
+            assert registry.rms_norm.choose(x, weight, eps)[0] == "torch"
+            assert registry._forced["gated_rms_norm"] == "triton"
+        with use_kernels("auto"):
+            assert registry._forced == {}
+        assert registry.rms_norm.choose(x, weight, eps)[0] == "triton"
+    assert registry._forced == {}
+    torch.testing.assert_close(found, registry.rms_norm(x, weight, eps), rtol=1e-6, atol=1e-6)
+
+
+def test_a_context_gives_back_after_an_error():
+    with pytest.raises(ZeroDivisionError), use_kernels("torch"):
+        raise ZeroDivisionError
+    assert registry._forced == {}
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "op, args, words",
+    [
+        ("rms_norm", norm_inputs(torch.float64), ["`rms_norm`", "'triton'", "float64", "bfloat16"]),
+        ("rms_norm", (torch.ones(2, 70000), torch.ones(70000), 1e-5), ["70000 wide", "65536"]),
+        ("topk_routing", (torch.ones(2, 8), torch.ones(8), 2, True, 1.0, 4, 2), ["`n_group` is 4"]),
+        (
+            "moe_experts",
+            (torch.ones(2, 8), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), *[torch.ones(3, 8, 8).mT] * 2),
+            ["`up` has strides", "contiguous"],
+        ),
+        (
+            "causal_conv1d_update",
+            (torch.ones(2, 4, 6).mT, torch.ones(2, 6), torch.ones(6, 4)),
+            ["`state` has strides", "contiguous"],
+        ),
+        (
+            "ssd_chunk_scan",
+            (torch.ones(1, 4, 2, 80), *[torch.ones(1, 4, 2), -torch.ones(2)], *[torch.ones(1, 4, 1, 8)] * 2, torch.ones(2)),
+            ["head_dim 80", "64 and 128"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_forced_kernel_that_cannot_serve_says_why(op, args, words):
+    with torch.no_grad(), use_kernels("triton"), pytest.raises(KernelError) as error:
+        getattr(registry, op)(*args)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@interpreted
+def test_one_token_kernels_refuse_gradients():
+    args = [torch.ones(2, 6, 4), torch.ones(2, 6, requires_grad=True), torch.ones(6, 4)]
+    with use_kernels("triton"), pytest.raises(KernelError, match="no gradient"):
+        registry.causal_conv1d_update(*args)
+
+
+def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with use_kernels("triton"), pytest.raises(KernelError, match="tensors are on 'cpu'"):
+        registry.rms_norm(*norm_inputs())
+
+
+def test_no_repository_was_added():
+    with use_kernels(rms_norm="hub"), pytest.raises(KernelError, match="no kernel repository was added"):
+        registry.rms_norm(*norm_inputs())
+
+
+@pytest.mark.parametrize("setting, words", [("tritn", ["tritn", "triton"]), ("rms=torch", ["'rms'", "rms_norm"])])
+def test_unknown_names(setting, words):
+    with pytest.raises(KernelError) as error:
+        registry._parse(setting)
+    assert all(word in str(error.value) for word in [*words, registry.SETTING])
+
+
+def test_setting():
+    assert registry._parse("") == registry._parse("auto") == {}
+    forced = registry._parse(" torch, rms_norm=triton, moe_experts=auto")
+    assert forced.pop("rms_norm") == "triton"
+    assert forced == dict.fromkeys(set(registry.OPS) - {"rms_norm", "moe_experts"}, "torch")
+
+
+def test_the_environment_is_read(tmp_path):
+    code = "from nemotron_super.kernels_hub import registry; print(registry._forced)"
+    environment = {**os.environ, registry.SETTING: "rms_norm=torch"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'rms_norm': 'torch'}"
+
+
+def test_report_and_command(capsys):
+    cli.main(["kernels", "--device", "cpu", "--dtype", "float32"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "cpu, float32" and len(lines) == 2 + len(registry.OPS)
+    assert all(line.split()[1] == "torch" for line in lines[2:])
+    with use_kernels("torch"):
+        assert registry.report("cpu").count("forced") == len(registry.OPS)
+    with use_kernels(rms_norm="hub"):
+        assert "none" in registry.report("cpu") and "no kernel repository was added" in registry.report("cpu")
+
+
+@interpreted
+def test_a_small_model_in_the_interpreter(make_model, relative):
+    """Logits and gradients of a whole model, every op served by Triton."""
+    model = make_model("MEM*E", scale=2.0)
+    ids = torch.randint(3, 61, (2, 11), generator=torch.Generator().manual_seed(0))
+    results = []
+    experts = "moe_experts"  # float32 experts with gradients have no kernel
+    for forced in ({"source": "torch"}, {"source": "triton", experts: "torch"}):
+        with use_kernels(**forced):
+            out = model(ids, labels=ids, use_cache=False)
+            results.append([out.logits, *torch.autograd.grad(out.loss, list(model.model.parameters()))])
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert relative(found, expected) < 1e-4
+    with use_kernels("triton"):
+        found = model.generate(ids[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert torch.equal(found, model.generate(ids[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The `kernels` library picks a build by torch's backend: let it see CUDA."""
+    backends = pytest.importorskip("kernels.backends")
+    cuda = backends.CUDA(version=backends.Version("13.0"))
+    for module in ("backends", "validate", "variants", "python_deps"):
+        loaded = sys.modules.get(f"kernels.{module}")
+        if loaded is not None and hasattr(loaded, "_backend"):
+            monkeypatch.setattr(loaded, "_backend", lambda: cuda)
+
+
+@interpreted
+def test_the_kernels_library_loads_the_repository(as_on_a_gpu, monkeypatch):
+    monkeypatch.setattr(registry, "_repositories", [])
+    registry.add_kernel_repository(registry.BUNDLE)
+    try:
+        x, weight, eps = norm_inputs()
+        with use_kernels(rms_norm="hub"):
+            assert registry.rms_norm.choose(x, weight, eps)[0] == "hub"
+            found = registry.rms_norm(x, weight, eps)
+        torch.testing.assert_close(found, registry.rms_norm(x, weight, eps), rtol=1e-6, atol=1e-6)
+    finally:
+        for op in registry.OPS.values():
+            op.kernels.pop("hub", None)
+
+
+def test_a_repository_on_the_hub_needs_a_version():
+    with pytest.raises(KernelError, match="version"):
+        registry.add_kernel_repository("nobody/no-kernels")
+
+
+def test_the_repository_is_well_formed():
+    rust = pytest.importorskip("kernels._rust")
+    build = tomllib.loads((registry.BUNDLE / "build.toml").read_text())
+    assert rust.Build.open(registry.BUNDLE).general is not None
+    metadata = rust.Metadata.read_from_file(registry.BUNDLE / "build" / "torch-cuda" / "metadata.json")
+    assert metadata.name.python_name == build["general"]["name"].replace("-", "_")
+    assert metadata.version == build["general"]["version"]
+    for needed in ("CARD.md", "tests/test_kernels.py", "benchmarks/benchmark.py"):
+        assert (registry.BUNDLE / needed).is_file()
+
+
+def test_the_kernels_know_nothing_of_the_package():
+    for file in Path(registry.BUNDLE).rglob("*.py"):
+        assert "nemotron_super" not in file.read_text(), file

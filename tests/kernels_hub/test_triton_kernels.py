@@ -1,0 +1,290 @@
+"""The Triton kernels against float64: in Triton's interpreter on a CPU, compiled where there is a GPU. Small shapes.
+
+The sorted path of the experts, torch's grouped_mm between kernels, needs a GPU: see `test_kernels_on_gpu.py`.
+"""
+
+import sys
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from nemotron_super.kernels_hub import registry
+from nemotron_super.kernels_hub.registry import topk_routing, use_kernels
+
+DTYPES = [torch.float32, torch.bfloat16]
+# The gradient of A is one number a head, a sum over all positions whose terms cancel: rounding decides its last digits.
+A_CANCELS = {4: 1e-4}
+ON_GPU = torch.cuda.is_available()
+# Shrinking a failure takes the interpreter minutes.
+phases = (Phase.explicit, Phase.generate)
+# Compiled, the scan serves one size; interpreted, any up to it.
+HEAD_DIMS, STATE_SIZES = ([64], [128]) if ON_GPU else ([1, 5, 16, 20], [1, 3, 16, 33])
+P, N = (64, 128) if ON_GPU else (8, 8)
+few = settings(max_examples=40 if ON_GPU else 10, deadline=None, derandomize=True, phases=phases)
+some = settings(max_examples=60 if ON_GPU else 15, deadline=None, derandomize=True, phases=phases)
+seeds = st.integers(0, 2**16)
+
+
+def normal(seed, *shapes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def documents(batch, length, seed, chance=0.2):
+    """Ids in no particular order, every document contiguous; the first may be one position long."""
+    begins = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < chance
+    return (begins.cumsum(1) * 7) % 101
+
+
+def scan_inputs(batch, length, groups, per_group, head_dim, state_size, dtype, seed, strong=False):
+    heads = groups * per_group
+    x, B, C, D, state = normal(
+        seed,
+        (batch, length, heads, head_dim),
+        (batch, length, groups, state_size),
+        (batch, length, groups, state_size),
+        (heads,),
+        (batch, heads, head_dim, state_size),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    dt = torch.rand(batch, length, heads, generator=generator)
+    dt = torch.where(dt < 0.2, dt * 1e-3, dt) * (dt > 0.1)  # some far below 1e-3, some zero
+    A = -torch.rand(heads, generator=generator) * (40 if strong else 2)
+    return [x.to(dtype), dt, A, B.to(dtype), C.to(dtype), D, 64, state]
+
+
+@few
+@given(
+    batch=st.integers(1, 2),
+    length=st.sampled_from([1, 2, 17, 63, 64, 65, 128, 150]),
+    groups=st.integers(1, 2),
+    per_group=st.integers(1, 2),
+    head_dim=st.sampled_from(HEAD_DIMS),
+    state_size=st.sampled_from(STATE_SIZES),
+    with_state=st.booleans(),
+    packed=st.booleans(),
+    strong=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_chunked_scan(
+    check, batch, length, groups, per_group, head_dim, state_size, with_state, packed, strong, dtype, seed
+):
+    args = scan_inputs(batch, length, groups, per_group, head_dim, state_size, dtype, seed, strong)
+    args[7] = args[7] if with_state else None
+    args.append(documents(batch, length, seed) if packed else None)
+    check("ssd_chunk_scan", args, seed=seed, floors=A_CANCELS)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_chunked_scan_backward_in_segments(check, monkeypatch, packed):
+    """What a long sequence does: states are computed again for one segment after another."""
+    args = scan_inputs(2, 200, 1, 2, P, N, torch.float32, 0)
+    check("ssd_chunk_scan", [*args, None], floors=A_CANCELS)
+    monkeypatch.setattr(sys.modules["nemotron_h_kernels_bundled.ssd_chunk_scan"], "_SEGMENT", 128)
+    check("ssd_chunk_scan", [*args, documents(2, 200, 3, 0.05) if packed else None], floors=A_CANCELS)
+
+
+@some
+@given(
+    batch=st.integers(1, 3),
+    length=st.sampled_from([1, 2, 3, 4, 31, 32, 33, 70]),
+    channels=st.sampled_from([1, 7, 128, 130]),
+    kernel=st.integers(2, 5),
+    with_bias=st.booleans(),
+    with_state=st.booleans(),
+    packed=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_convolution(check, batch, length, channels, kernel, with_bias, with_state, packed, dtype, seed):
+    x, weight, bias, state = normal(
+        seed, (batch, length, channels), (channels, kernel), (channels,), (batch, channels, kernel), dtype=dtype
+    )
+    ids = documents(batch, length, seed) if packed else None
+    check("causal_conv1d", [x, weight, bias if with_bias else None, state if with_state else None, ids], seed=seed)
+
+
+@some
+@given(
+    batch=st.integers(1, 3),
+    channels=st.sampled_from([1, 7, 128, 130]),
+    kernel=st.integers(2, 5),
+    with_bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_convolution_of_one_token(check, batch, channels, kernel, with_bias, dtype, seed):
+    state, x, weight, bias = normal(
+        seed, (batch, channels, kernel), (batch, channels), (channels, kernel), (channels,), dtype=dtype
+    )
+    check("causal_conv1d_update", [state, x, weight, bias if with_bias else None], grad=False, in_place=1)
+
+
+@some
+@given(
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 2),
+    per_group=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 5, 16, 20]),
+    state_size=st.sampled_from([1, 3, 16, 33]),
+    dtype=st.sampled_from(DTYPES),
+    state_dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_state_update(check, batch, groups, per_group, head_dim, state_size, dtype, state_dtype, seed):
+    heads = groups * per_group
+    state, x, dt, A, B, C, D = normal(
+        seed,
+        *[(batch, heads, head_dim, state_size), (batch, heads, head_dim), (batch, heads), (heads,)],
+        *[(batch, groups, state_size), (batch, groups, state_size), (heads,)],
+    )
+    dt = dt.clamp(min=0)
+    args = [state.to(state_dtype), x.to(dtype), dt, -A.abs(), B.to(dtype), C.to(dtype), D]
+    check("selective_state_update", args, grad=False, in_place=1)
+
+
+@some
+@given(
+    lead=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    groups=st.integers(1, 3),
+    group_size=st.sampled_from([1, 3, 16, 100]),
+    size=st.sampled_from([1e-3, 1.0, 30.0]),
+    gated=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_norms(check, lead, groups, group_size, size, gated, dtype, seed):
+    width = groups * group_size
+    y, z, weight = normal(seed, (*lead, width), (*lead, width), (width,))
+    y, z, weight = ((t * s).to(dtype) for t, s in ((y, size), (z, 1), (weight, 1)))
+    if gated:
+        check("gated_rms_norm", [y, z, weight, 1e-5, group_size], seed=seed)
+    else:
+        check("rms_norm", [y, weight, 1e-5], seed=seed)
+
+
+@some
+@given(
+    tokens=st.integers(1, 9),
+    experts=st.integers(1, 40),
+    data=st.data(),
+    normalise=st.booleans(),
+    scale=st.sampled_from([1.0, 5.0]),
+    seed=seeds,
+)
+def test_routing(check, tokens, experts, data, normalise, scale, seed):
+    top_k = data.draw(st.integers(1, min(experts, 22)))
+    logits, bias = normal(seed, (tokens, experts), (experts,))
+    device = "cuda" if ON_GPU else "cpu"
+    logits, bias = logits.to(device), 0.1 * bias.to(device)
+    results = []
+    for source in ("triton", "torch"):
+        leaf = logits.clone().requires_grad_()
+        with use_kernels(source):
+            weights, index = topk_routing(leaf, bias, top_k, normalise, scale)
+        index, order = index.sort(-1)
+        weights = weights.gather(1, order)
+        towards = torch.sin(torch.arange(weights.numel(), device=device)).view_as(weights)
+        results.append((index, weights.detach(), torch.autograd.grad((weights * towards).sum(), leaf)[0]))
+    (index, weights, grad), (expected_index, expected_weights, expected_grad) = results
+    assert torch.equal(index, expected_index)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
+
+
+def test_routing_of_what_is_not_a_number():
+    """Indices stay valid: an index out of range would read another tensor's memory."""
+    logits = torch.full((3, 6), float("nan"), device="cuda" if ON_GPU else "cpu")
+    logits[1, 2:] = 1.0
+    with use_kernels("triton"):
+        weights, index = topk_routing(logits, torch.zeros(6, device=logits.device), 4)
+    assert index.min() >= 0 and index.max() < 6
+    assert sorted(index[1].tolist()) == [2, 3, 4, 5]
+    assert weights[1].isfinite().all() and weights[0].isnan().all()
+
+
+@some
+@given(
+    tokens=st.integers(1, 5),
+    experts=st.integers(1, 6),
+    data=st.data(),
+    width=st.sampled_from([1, 8, 40, 513]),
+    intermediate=st.sampled_from([1, 7, 8, 530]),
+    routing=st.sampled_from(["any", "one"]),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_experts_of_few_tokens(check, tokens, experts, data, width, intermediate, routing, dtype, seed):
+    # torch's grouped_mm, the reference on a GPU, wants rows of 16 bytes.
+    if ON_GPU and dtype == torch.bfloat16:
+        width, intermediate = -(-width // 8) * 8, -(-intermediate // 8) * 8
+    top_k = data.draw(st.integers(1, experts))
+    x, up, down, weights = normal(
+        seed, (tokens, width), (experts, intermediate, width), (experts, width, intermediate), (tokens, top_k)
+    )
+    if dtype == torch.bfloat16 and (width % 8 or intermediate % 8):
+        return
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(tokens)])
+    index = index[:1].expand(tokens, -1) if routing == "one" else index
+    check("moe_experts", [x.to(dtype), index, weights, up.to(dtype), down.to(dtype)], grad=False)
+
+
+def test_slices_of_a_projection(check):
+    """Inputs come as slices of one wide tensor: rows that do not touch."""
+    device = "cuda" if ON_GPU else "cpu"
+    wide, wider = (t.to(device) for t in normal(0, (2, 9, 100), (2, 9, 4 * P + 4 + 4 * N)))
+    (weight,) = normal(1, (24,))
+    (taps,) = normal(2, (24, 4))
+    with torch.no_grad():
+        for call in (
+            lambda: registry.gated_rms_norm(wide[..., 10:34], wide[..., 40:64], weight.to(device), 1e-5, 8),
+            lambda: registry.causal_conv1d(wide[..., 10:34], taps.to(device)),
+            lambda: registry.ssd_chunk_scan(
+                wider[..., : 4 * P].view(2, 9, 4, P),
+                wider[..., 4 * P : 4 * P + 4].abs(),
+                -torch.ones(4, device=device),
+                wider[..., -4 * N : -2 * N].view(2, 9, 2, N),
+                wider[..., -2 * N :].view(2, 9, 2, N),
+                torch.ones(4, device=device),
+            )[0],
+        ):
+            with use_kernels("triton"):
+                found = call()
+            with use_kernels("torch"):
+                torch.testing.assert_close(found, call(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_operator_registration(grad):
+    """Fake tensors and autograd agree with what runs, so that compilers may trust the operators."""
+    device = "cuda" if ON_GPU else "cpu"
+
+    def leaf(*shape):
+        return torch.randn(shape, device=device, requires_grad=grad)
+
+    ops = torch.ops.nemotron_h_kernels
+    with use_kernels("triton"):
+        test_slices_of_a_projection(None)
+    x, B = leaf(1, 20, 2, P), leaf(1, 20, 1, N)
+    dt = torch.rand(1, 20, 2, device=device)
+    A = -torch.ones(2, device=device)
+    torch.library.opcheck(ops.ssd_chunk_scan.default, (x, dt, A, B, leaf(1, 20, 1, N), leaf(2), None, None))
+    torch.library.opcheck(ops.causal_conv1d.default, (leaf(1, 9, 6), leaf(6, 4), leaf(6), leaf(1, 6, 4), None))
+    torch.library.opcheck(ops.rms_norm.default, (leaf(3, 8), leaf(3, 8), leaf(8), 1e-5, 4))
+    torch.library.opcheck(ops.rms_norm.default, (leaf(3, 8), None, leaf(8), 1e-5, 8))
+    torch.library.opcheck(ops.topk_routing.default, (leaf(3, 8), torch.zeros(8, device=device), 2, True, 2.0))
+    if not grad:
+        state = torch.randn(1, 6, 4, device=device)
+        torch.library.opcheck(ops.causal_conv1d_update.default, (state, leaf(1, 6), leaf(6, 4), None))
+        state = torch.randn(1, 2, 8, 8, device=device)
+        torch.library.opcheck(
+            ops.selective_state_update.default,
+            (state, leaf(1, 2, 8), dt[:, 0], A, leaf(1, 1, 8), leaf(1, 1, 8), leaf(2)),
+        )
+        index = torch.tensor([[0, 1], [2, 1]], device=device)
+        torch.library.opcheck(
+            ops.moe_experts_decode.default, (leaf(2, 8), index, leaf(2, 2), leaf(3, 16, 8), leaf(3, 8, 16))
+        )
