@@ -8,6 +8,8 @@ import pytest
 import torch
 from nemotron_super import HybridCache, NemotronHForCausalLM
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer, TextStreamer, pipeline
+from transformers.models.nemotron_h import configuration_nemotron_h as their_configuration
+from transformers.models.nemotron_h import modeling_nemotron_h as their_modeling
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -181,12 +183,18 @@ def test_continuing_from_a_cache(model, ids, expected, make, new_tokens):
     [{"assistant_model": True}, {"prompt_lookup_num_tokens": 2}, {"use_mtp": True}],
     ids=lambda o: next(iter(o)),
 )
-def test_assisted_generation_is_refused(model, ids, options):
-    """transformers cannot roll a recurrent state back, and says so before it generates anything."""
+def test_assisted_generation(model, ids, options, expected):
+    """What transformers' own class refuses: recurrent state cannot be taken back there."""
     if "assistant_model" in options:
         options = {"assistant_model": model}
-    with pytest.raises(ValueError, match="not supported with stateful models, such as NemotronHForCausalLM"):
-        model.generate(ids[:1], **options, **GREEDY)
+    assert model.generate(ids[:1], **options, **GREEDY).equal(expected[:1])
+
+
+def test_assisted_generation_is_refused_by_transformers(model, ids):
+    config = their_configuration.NemotronHConfig(hybrid_override_pattern="M*", vocab_size=272, hidden_size=32)
+    theirs = their_modeling.NemotronHForCausalLM(config)
+    with pytest.raises(ValueError, match="stateful"):
+        theirs.generate(ids[:1], prompt_lookup_num_tokens=2, **GREEDY)
 
 
 def test_text_streamer(model, tokenizer, ids, expected, capsys):
