@@ -105,6 +105,8 @@ def _scan_limits(
         return "`x` is empty"
     if (x.shape[-1], B.shape[-1]) != (64, 128) and (x.is_cuda or x.shape[-1] > 64 or B.shape[-1] > 128):
         return f"head_dim {x.shape[-1]} and state_size {B.shape[-1]}: the compiled kernel serves 64 and 128"
+    if x.is_cuda and x.dtype != torch.bfloat16:
+        return f"`x` is {x.dtype}, the compiled kernel serves torch.bfloat16"
     if B.dtype != x.dtype or C.dtype != x.dtype:
         return f"`x`, `B` and `C` are {x.dtype}, {B.dtype} and {C.dtype}: the kernel wants one dtype"
     return _dtype_of("x", x)

@@ -43,9 +43,8 @@ def seed():
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("batch, length, heads", [(1, 1000, 128), (2, 257, 64), (1, 64, 256), (1, 4500, 16)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_chunked_scan(check, dtype, batch, length, heads, packed):
-    check("ssd_chunk_scan", scan_inputs(batch, length, heads, 8, dtype, packed), floors=A_CANCELS)
+def test_chunked_scan(check, batch, length, heads, packed):
+    check("ssd_chunk_scan", scan_inputs(batch, length, heads, 8, torch.bfloat16, packed), floors=A_CANCELS)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -18,8 +18,9 @@ A_CANCELS = {4: 1e-4}
 ON_GPU = torch.cuda.is_available()
 # Shrinking a failure takes the interpreter minutes.
 phases = (Phase.explicit, Phase.generate)
-# Compiled, the scan serves one size; interpreted, any up to it.
+# Compiled, the scan serves one size in bfloat16; interpreted, any up to it, in float32 too.
 HEAD_DIMS, STATE_SIZES = ([64], [128]) if ON_GPU else ([1, 5, 16, 20], [1, 3, 16, 33])
+SCAN_DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 P, N = (64, 128) if ON_GPU else (8, 8)
 few = settings(max_examples=40 if ON_GPU else 10, deadline=None, derandomize=True, phases=phases)
 some = settings(max_examples=60 if ON_GPU else 15, deadline=None, derandomize=True, phases=phases)
@@ -65,7 +66,7 @@ def scan_inputs(batch, length, groups, per_group, head_dim, state_size, dtype, s
     with_state=st.booleans(),
     packed=st.booleans(),
     strong=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from([torch.bfloat16] if ON_GPU else DTYPES),
     seed=seeds,
 )
 def test_chunked_scan(
@@ -80,7 +81,7 @@ def test_chunked_scan(
 @pytest.mark.parametrize("packed", [False, True])
 def test_chunked_scan_backward_in_segments(check, monkeypatch, packed):
     """What a long sequence does: states are computed again for one segment after another."""
-    args = scan_inputs(2, 200, 1, 2, P, N, torch.float32, 0)
+    args = scan_inputs(2, 200, 1, 2, P, N, SCAN_DTYPE, 0)
     check("ssd_chunk_scan", [*args, None], floors=A_CANCELS)
     monkeypatch.setattr(sys.modules["nemotron_h_kernels_bundled.ssd_chunk_scan"], "_SEGMENT", 128)
     check("ssd_chunk_scan", [*args, documents(2, 200, 3, 0.05) if packed else None], floors=A_CANCELS)
@@ -236,6 +237,7 @@ def test_slices_of_a_projection(check):
     """Inputs come as slices of one wide tensor: rows that do not touch."""
     device = "cuda" if ON_GPU else "cpu"
     wide, wider = (t.to(device) for t in normal(0, (2, 9, 100), (2, 9, 4 * P + 4 + 4 * N)))
+    wider = wider.to(SCAN_DTYPE)
     (weight,) = normal(1, (24,))
     (taps,) = normal(2, (24, 4))
     with torch.no_grad():
@@ -244,7 +246,7 @@ def test_slices_of_a_projection(check):
             lambda: registry.causal_conv1d(wide[..., 10:34], taps.to(device)),
             lambda: registry.ssd_chunk_scan(
                 wider[..., : 4 * P].view(2, 9, 4, P),
-                wider[..., 4 * P : 4 * P + 4].abs(),
+                wider[..., 4 * P : 4 * P + 4].abs().float(),
                 -torch.ones(4, device=device),
                 wider[..., -4 * N : -2 * N].view(2, 9, 2, N),
                 wider[..., -2 * N :].view(2, 9, 2, N),
@@ -254,7 +256,9 @@ def test_slices_of_a_projection(check):
             with use_kernels("triton"):
                 found = call()
             with use_kernels("torch"):
-                torch.testing.assert_close(found, call(), rtol=1e-5, atol=1e-5)
+                expected = call()
+                rounding = max(torch.finfo(found.dtype).eps, 1e-5)
+                torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -262,16 +266,16 @@ def test_operator_registration(grad):
     """Fake tensors and autograd agree with what runs, so that compilers may trust the operators."""
     device = "cuda" if ON_GPU else "cpu"
 
-    def leaf(*shape):
-        return torch.randn(shape, device=device, requires_grad=grad)
+    def leaf(*shape, dtype=torch.float32):
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=grad)
 
     ops = torch.ops.nemotron_h_kernels
     with use_kernels("triton"):
         test_slices_of_a_projection(None)
-    x, B = leaf(1, 20, 2, P), leaf(1, 20, 1, N)
+    x, B, C = (leaf(1, 20, n, width, dtype=SCAN_DTYPE) for n, width in ((2, P), (1, N), (1, N)))
     dt = torch.rand(1, 20, 2, device=device)
     A = -torch.ones(2, device=device)
-    torch.library.opcheck(ops.ssd_chunk_scan.default, (x, dt, A, B, leaf(1, 20, 1, N), leaf(2), None, None))
+    torch.library.opcheck(ops.ssd_chunk_scan.default, (x, dt, A, B, C, leaf(2), None, None))
     torch.library.opcheck(ops.causal_conv1d.default, (leaf(1, 9, 6), leaf(6, 4), leaf(6), leaf(1, 6, 4), None))
     torch.library.opcheck(ops.rms_norm.default, (leaf(3, 8), leaf(3, 8), leaf(8), 1e-5, 4))
     torch.library.opcheck(ops.rms_norm.default, (leaf(3, 8), None, leaf(8), 1e-5, 8))

@@ -27,20 +27,21 @@ def rand(*shape):
 
 
 def test_scan_is_the_recurrence(ops):
-    x, B, C, D, A = rand(1, 90, 4, 64), rand(1, 90, 2, 128), rand(1, 90, 2, 128), rand(4), -rand(4).exp()
+    x, B, C = (rand(1, 90, n, width).bfloat16() for n, width in ((4, 64), (2, 128), (2, 128)))
+    D, A = rand(4), -rand(4).exp()
     dt = F.softplus(rand(1, 90, 4) - 2)
     state, outputs = torch.zeros(1, 4, 64, 128, device="cuda"), []
     stepped = state.clone()
     for t in range(90):
         args = x[:, t], dt[:, t], A, B[:, t], C[:, t], D
         outputs.append(ops.selective_state_update(stepped, *args))
-        b, c = (v[:, t].repeat_interleave(2, 1) for v in (B, C))
+        b, c = (v[:, t].float().repeat_interleave(2, 1) for v in (B, C))
         state = (
             state * (dt[:, t] * A).exp()[..., None, None] + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, :, None]
         )
-        close(outputs[-1], (state * c[:, :, None]).sum(-1) + D[:, None] * x[:, t], 1e-4)
+        close(outputs[-1], (state * c[:, :, None]).sum(-1) + D[:, None] * x[:, t], 1e-2)
     y, final = ops.ssd_chunk_scan(x, dt, A, B, C, D)
-    close(y, torch.stack(outputs, 1), 1e-4)
+    close(y, torch.stack(outputs, 1), 1e-2)
     close(final, state, 1e-4)
 
 

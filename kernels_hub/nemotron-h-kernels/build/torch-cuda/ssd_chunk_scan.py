@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ._launch import as_operator, block, on
 
-# head_dim and state_size of all published Nemotron-H models. Compiled for other sizes the backward was seen to go wrong
-# (gradients of dt and B off by percents at 20 x 1, for a reason not found), so they are refused.
+# head_dim and state_size of all published Nemotron-H models. Compiled by Triton 3.6 with smaller blocks, a product in the
+# backward reads out of bounds (compute-sanitizer says so at 20 x 3), so other sizes are refused.
 COMPILED_SIZES = (64, 128)
 # Positions a chunk, warps and pipeline stages. Tensor cores are busy from 64 positions on; exponentials cost chunk^2.
 _CHUNK, _WARPS, _STAGES = 64, 4, 2
@@ -385,6 +385,8 @@ class _Arguments:
         self.seq_idx = self.x if seq_idx is None else seq_idx.contiguous()
         self.batch, self.length, self.heads, self.head_dim = x.shape
         self.groups, self.state_size = B.shape[2:]
+        if x.is_cuda and x.dtype != torch.bfloat16:
+            raise ValueError(f"`x` is {x.dtype}: compiled, the scan serves bfloat16 only.")
         if x.is_cuda and (self.head_dim, self.state_size) != COMPILED_SIZES:
             raise ValueError(
                 f"`x` has head_dim {self.head_dim} and `B` has state_size {self.state_size}: compiled, the scan serves "
@@ -621,7 +623,7 @@ def ssd_chunk_scan(
     """Mamba-2 scan over a sequence.
 
     Args:
-        x: (batch, seq, heads, head_dim), bfloat16 or float32.
+        x: (batch, seq, heads, head_dim), bfloat16; in Triton's interpreter float32 too.
         dt: (batch, seq, heads), time steps after softplus; 0 leaves the state as it is (padding).
         A: (heads,), negative, float32.
         B, C: (batch, seq, groups, state_size), with heads divisible by groups, in the dtype of x.
