@@ -78,7 +78,7 @@ def lora_targets(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[list[st
                 if value.dim() >= 2 and wanted(f"{name}.{tensor}"):
                     raise ValueError(
                         f"{name}.{tensor}: no adapter is known for a {type(module).__name__}; it would be left out. "
-                        f"Say so with exclude=[{name!r}]."
+                        f"Say so with exclude=[{name.rpartition('.')[2]!r}]."
                     )
     if unused:
         raise ValueError(f"`exclude` names what the model does not have: {', '.join(sorted(unused))}.")
