@@ -22,6 +22,9 @@ from .token_layout import TokenLayout
 # Positions (rows times length) per segment without gradients: on a CPU the projections then stay in cache.
 _SEGMENT_TOKENS = {"cpu": 512, "cuda": 16384}
 
+# Settled tokens of a recorded past that are replayed with every call before they go into the state.
+_REPLAYED_TOGETHER = 16
+
 
 class NemotronHCausalConv1d(nn.Conv1d):
     """The causal convolution and its SiLU, with weights in the shapes of the release.
@@ -82,7 +85,9 @@ class NemotronHMamba2Mixer(nn.Module):
         layer = cache.layers[self.layer_idx]
         if not isinstance(layer, Mamba2CacheLayer) or layer.pending is None:
             return states
-        if layer.settled or not layer.record_past:
+        # While recording, a few settled tokens are replayed together with what follows: one pass instead of two.
+        ragged, many = layer.pending_lengths is not None, layer.pending.shape[1] > _REPLAYED_TOGETHER
+        if not layer.record_past or (layer.settled and (ragged or many)):
             _, *states = self._recur(*self._split(layer.pending), *states, None, layer.pending_lengths)
             self._store(cache, *states)
             layer.keep_pending(None)

@@ -16,6 +16,8 @@ from .dispatch import as_operator
 
 # Positions per pass of the backward; its temporaries then stay in cache whatever the length.
 _BLOCK = 256
+# Positions from which oneDNN's convolution takes less time than a few products.
+_LONG = 32
 
 
 def _with_past(x: Tensor, kernel: int, state: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -40,7 +42,7 @@ def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor |
     kernel, length = weight.shape[1], padded.shape[1] - weight.shape[1] + 1
     weight = weight.to(padded.dtype)
     bias = None if bias is None else bias.to(padded.dtype)
-    if ids is None and padded.device.type == "cpu":
+    if ids is None and padded.device.type == "cpu" and length >= _LONG:
         # This layout is the channels-last form of a picture one row high, which oneDNN convolves as it lies.
         picture = padded.unsqueeze(1).permute(0, 3, 1, 2)
         out = F.conv2d(picture, weight[:, None, None], bias, groups=weight.shape[0])
