@@ -55,7 +55,7 @@ def main() -> None:
             prompt = prompt.to(device)
             for depth in DEPTHS:
                 torch.manual_seed(number)
-                fixed = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens, "pad_token_id": 0}
+                fixed = {"max_new_tokens": options.new_tokens, "eos_token_id": None, "pad_token_id": 0}
                 drafts = {"use_mtp": True, "num_assistant_tokens": depth} if depth else {}
                 start = time.perf_counter()
                 found = model.generate(prompt, do_sample=sample, return_dict_in_generate=True, **fixed, **drafts)
