@@ -159,7 +159,7 @@ def test_logits_and_all_gradients(shake, relative):
     assert sum(within) >= 0.8 * len(within) and sum(within) >= 40, f"{sum(within)} of {len(within)} within {TOLERANCE}"
 
 
-def test_padded_logits_on_real_tokens(shake, relative):
+def test_padded_logits_and_gradients(shake, relative):
     within = []
 
     @settings(max_examples=40, deadline=None, derandomize=True)
@@ -175,16 +175,19 @@ def test_padded_logits_on_real_tokens(shake, relative):
         sizes = torch.tensor([length, *data.draw(st.lists(st.integers(1, length), min_size=2, max_size=2))])
         slots = torch.arange(length)
         mask = (slots < sizes[:, None]) if side == "right" else (slots >= length - sizes[:, None])
-        inputs = {"input_ids": torch.randint(0, 53, mask.shape), "attention_mask": mask.long(), "use_cache": False}
+        ids = torch.randint(0, 53, mask.shape)
+        # transformers lets the padding before a row's first token predict it; ours does not.
+        first = mask & (mask.cumsum(1) == 1)
+        labels = ids.masked_fill(~mask | first, -100)
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "labels": labels, "num_items_in_batch": 7}
 
-        def logits(model):
-            with torch.no_grad():
-                return {"logits": model(**inputs).logits[mask]}
+        def found(model):
+            return {name: t[mask] if name == "logits" else t for name, t in run(model, **inputs).items()}
 
-        within.append(assert_agree(ours, theirs, logits, relative))
+        within.append(assert_agree(ours, theirs, found, relative))
 
     check()
-    assert all(within)
+    assert sum(within) >= 0.8 * len(within), f"{sum(within)} of {len(within)} within {TOLERANCE}"
 
 
 # Far below time_step_min (1e-3): softplus(-9) is 1.2e-4.
