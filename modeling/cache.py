@@ -68,12 +68,16 @@ class Mamba2CacheLayer(LinearAttentionLayer):
         held = 0 if self.pending is None else self.pending.shape[1]
         if most > held:
             raise RuntimeError(f"`crop` was asked to take back {most} tokens but only the last {held} are recorded.")
+        if most and self.pending_lengths is not None:
+            raise RuntimeError(
+                "`crop` has just left rows of different lengths: read at least one more token before the next."
+            )
         self.settled = True
         if self.pending is None:
             return
         if per_row:
-            before = held if self.pending_lengths is None else self.pending_lengths
-            self.pending_lengths = before + tokens_to_remove.to(self.pending.device)
+            if self.pending_lengths is None:
+                self.pending_lengths = held + tokens_to_remove.to(self.pending.device)
             held = int(self.pending_lengths.max())
         else:
             held -= most

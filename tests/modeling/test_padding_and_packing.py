@@ -344,3 +344,14 @@ def test_packing_with_flash_attention(make_model, relative, monkeypatch):
     packed = pack(documents, "seq_idx")
     with pytest.raises(ValueError, match=r"padding need.*sdpa"):
         model(**packed, attention_mask=(packed["input_ids"] >= 0).long(), use_cache=False)
+
+
+@pytest.mark.parametrize("kind", ["left", "right"])
+def test_padding_is_no_target_even_with_labels(kind, make_model, relative):
+    """Labels that were not masked where the padding is, as `labels=input_ids` leaves them."""
+    model = make_model("ME*M-", exact=True, **MTP).train()
+    ids, mask = pad(random_documents([7, 4, 9]), 11, kind)
+    arguments = {"input_ids": ids, "attention_mask": mask, "num_items_in_batch": 1, "use_cache": False}
+    masked = model(labels=ids.masked_fill(mask == 0, -100), **arguments)
+    careless = model(labels=ids, **arguments)
+    assert relative(careless.loss, masked.loss) < TIGHT and relative(careless.mtp_loss, masked.mtp_loss) < TIGHT

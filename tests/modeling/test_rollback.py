@@ -154,6 +154,10 @@ def test_what_cannot_be_taken_back(make_model):
         cache.crop(-4)
     with pytest.raises(ValueError, match="tokens_to_remove"):
         cache.crop(2)
+    cache.crop(torch.tensor([-1]))
+    cache.crop(0)
+    with pytest.raises(RuntimeError, match="rows of different lengths"):
+        cache.crop(-1)
 
 
 def test_it_costs_little(make_model):
