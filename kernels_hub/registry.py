@@ -40,6 +40,8 @@ from .reference.topk_routing import topk_routing as _topk_routing
 BUNDLE = Path(__file__).parent / "nemotron-h-kernels"
 SETTING = "NEMOTRON_SUPER_KERNELS"
 SOURCES = ("hub", "triton", "torch")
+# Bundled kernels that have only run in Triton's interpreter so far. They serve where they are forced, not by themselves.
+_INTERPRETED_ONLY: frozenset[str] = frozenset()
 _SERVED = (torch.bfloat16, torch.float32)
 
 
@@ -297,6 +299,8 @@ def _cannot_load(source: str, op: str) -> str | None:
         return None if hasattr(_repositories[0], op) else "the kernel repository lacks it"
     if source == "triton" and not _has_triton:
         return "triton is not installed"
+    if source == "triton" and op in _INTERPRETED_ONLY and op not in _forced:
+        return "the kernel has not run on a GPU yet, only in Triton's interpreter: force it to try it"
     return None
 
 
