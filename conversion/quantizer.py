@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ..modeling.attention import NemotronHAttention
 from ..modeling.latent_moe import NemotronHExperts, NemotronHTopkRouter
+from ..modeling.linear import NemotronHLinear
 from ..modeling.quantized_layers import (
     FORMATS,
     CacheScaledLinear,
@@ -108,7 +109,9 @@ class ModelOptQuantizer(HfQuantizer):
                     setattr(experts, projection, nn.Parameter(module.dequantize(projection, dtype)))
                 model.set_submodule(name, experts.train(module.training))
             elif isinstance(module, CacheScaledLinear):
-                linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+                linear = NemotronHLinear(
+                    module.in_features, module.out_features, module.bias is not None, device="meta"
+                )
                 linear.weight, linear.bias = module.weight, module.bias
                 model.set_submodule(name, linear.train(module.training))
         return model

@@ -8,6 +8,7 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
+from .linear import NemotronHLinear
 from .token_layout import TokenLayout
 
 
@@ -53,10 +54,10 @@ class NemotronHAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         query_width = config.num_attention_heads * self.head_dim
         kv_width = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = NemotronHLinear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = NemotronHLinear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = NemotronHLinear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = NemotronHLinear(query_width, config.hidden_size, bias=config.attention_bias)
 
     def forward(
         self, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None, **kwargs

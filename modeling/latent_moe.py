@@ -15,6 +15,7 @@ from transformers.integrations import use_experts_implementation
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 from ..kernels_hub.registry import moe_experts, router_logits, topk_routing
+from .linear import NemotronHLinear
 from .mlp import NemotronHMLP
 
 
@@ -95,8 +96,8 @@ class NemotronHMoE(nn.Module):
         if config.moe_latent_size is None:
             self.fc1_latent_proj, self.fc2_latent_proj = nn.Identity(), nn.Identity()
         else:
-            self.fc1_latent_proj = nn.Linear(config.hidden_size, config.moe_latent_size, bias=config.mlp_bias)
-            self.fc2_latent_proj = nn.Linear(config.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
+            self.fc1_latent_proj = NemotronHLinear(config.hidden_size, config.moe_latent_size, bias=config.mlp_bias)
+            self.fc2_latent_proj = NemotronHLinear(config.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])

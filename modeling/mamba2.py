@@ -16,6 +16,7 @@ from transformers import Cache
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 from ..kernels_hub.registry import causal_conv1d, causal_conv1d_update, selective_state_update, ssd_chunk_scan
 from .cache import ROLLBACK_LIMIT, Mamba2CacheLayer
+from .linear import NemotronHLinear
 from .norms import NemotronHGatedRMSNorm
 from .token_layout import TokenLayout
 
@@ -53,7 +54,7 @@ class NemotronHMamba2Mixer(nn.Module):
         self.time_step_limit = (config.time_step_limit[0], config.time_step_limit[1])
         self.cache_dtype = getattr(torch, config.mamba_ssm_cache_dtype)
 
-        self.in_proj = nn.Linear(
+        self.in_proj = NemotronHLinear(
             config.hidden_size, self.intermediate_size + self.conv_dim + self.num_heads, bias=config.use_bias
         )
         self.conv1d = NemotronHCausalConv1d(
@@ -65,7 +66,7 @@ class NemotronHMamba2Mixer(nn.Module):
         self.norm = NemotronHGatedRMSNorm(
             self.intermediate_size, self.intermediate_size // self.n_groups, config.layer_norm_epsilon
         )
-        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
+        self.out_proj = NemotronHLinear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
 
     def forward(self, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None) -> Tensor:
         if cache is None:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
+from .linear import NemotronHLinear
 
 
 class NemotronHMLP(nn.Module):
@@ -13,8 +14,8 @@ class NemotronHMLP(nn.Module):
 
     def __init__(self, config: NemotronHConfig, intermediate_size: int):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.up_proj = NemotronHLinear(config.hidden_size, intermediate_size, bias=config.mlp_bias)
+        self.down_proj = NemotronHLinear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.mlp_hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from .block import NemotronHBlock
 from .cache import HybridCache, check_cache
 from .generation import check_mtp_options, generate_with_mtp
 from .latent_moe import NemotronHExperts, NemotronHTopkRouter
+from .linear import NemotronHLinear
 from .mamba2 import NemotronHMamba2Mixer
 from .mtp import NemotronHMTP
 from .norms import NemotronHRMSNorm
@@ -310,7 +311,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
     def __init__(self, config: NemotronHConfig):
         super().__init__(config)
         self.model = NemotronHModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = NemotronHLinear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = NemotronHMTP(config) if config.num_nextn_predict_layers else None
         self.post_init()
 

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 from .block import make_mixer, mix_residual
+from .linear import NemotronHLinear
 from .norms import NemotronHRMSNorm
 from .token_layout import TokenLayout
 
@@ -30,7 +31,7 @@ class NemotronHMTPBlock(GradientCheckpointingLayer):
         if self.merges:
             self.enorm = NemotronHRMSNorm(width, eps)
             self.hnorm = NemotronHRMSNorm(width, eps)
-            self.eh_proj = nn.Linear(2 * width, width, bias=False)
+            self.eh_proj = NemotronHLinear(2 * width, width, bias=False)
         self.norm = NemotronHRMSNorm(width, eps)
         self.mixer = make_mixer(config, kind, layer_idx)
         if self.ends:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels_hub.reference.linear_cross_entropy import linear_cross_entropy
+from .linear import NemotronHLinear
 from .token_layout import TokenLayout
 
 # Tokens per call of a head whose weight cannot be read directly (an adapter, a quantised or an offloaded head).
@@ -102,4 +103,9 @@ def token_losses(head: nn.Module, hidden_states: Tensor, targets: Tensor) -> Ten
 def _is_plain(head: nn.Module) -> bool:
     """Whether calling `head` is multiplying by its weight and nothing else."""
     hooks = head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook")
-    return type(head) is nn.Linear and head.bias is None and not hooks and not isinstance(head.weight, DTensor)
+    return (
+        type(head) in (nn.Linear, NemotronHLinear)
+        and head.bias is None
+        and not hooks
+        and not isinstance(head.weight, DTensor)
+    )

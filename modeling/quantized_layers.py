@@ -16,6 +16,7 @@ from ..kernels_hub.reference.fp8 import dequantize_fp8
 from ..kernels_hub.reference.nvfp4 import BLOCK, dequantize_nvfp4
 from ..kernels_hub.reference.quantized_experts import fp8_experts, nvfp4_experts
 from ..kernels_hub.reference.quantized_linear import fp8_linear, nvfp4_linear, simulate_fp8, simulate_nvfp4
+from .linear import NemotronHLinear
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class _FeedsCache(_KeepsDtypes):
         return simulate_fp8(out, getattr(self, self.cache_scale))
 
 
-class CacheScaledLinear(_FeedsCache, nn.Linear):
+class CacheScaledLinear(_FeedsCache, NemotronHLinear):
     """A linear map in full precision that carries the scale of the FP8 cache it feeds."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,7 +156,9 @@ class QuantizedLinear(_FeedsCache, nn.Linear):
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """The same map in full precision; this module stays as it is."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
+        linear = NemotronHLinear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype
+        )
         linear.weight = nn.Parameter(self.weight_format.dequantize(*self.stored(), dtype=dtype))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(dtype))

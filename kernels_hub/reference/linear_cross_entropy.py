@@ -12,8 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .linear import onednn_serves, rows_times
+
 # Logits held at once: 128 MiB in float32 on a CPU, where a larger block is no faster, 512 MiB on a GPU.
 _LOGITS_AT_ONCE = {"cpu": 1 << 25, "cuda": 1 << 27}
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    return rows_times(x, weight) if onednn_serves(x, weight) else x @ weight.t()
 
 
 def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int):
@@ -21,7 +27,7 @@ def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, 
     work = torch.promote_types(hidden.dtype, torch.float32)
     for rows in (targets != ignore_index).nonzero().squeeze(1).split(chunk):
         if rows.numel():
-            yield rows, (hidden[rows] @ weight.t()).to(work)
+            yield rows, _times(hidden[rows], weight).to(work)
 
 
 @torch.library.custom_op("nemotron_super::linear_cross_entropy", mutates_args=())
@@ -62,7 +68,7 @@ def _loss_backward_op(
         logits.scatter_add_(1, targets[rows].unsqueeze(1), logits.new_full((rows.numel(), 1), -1.0))
         grad_logits = logits.mul_(grad[rows].unsqueeze(1)).to(hidden.dtype)
         if for_hidden:
-            grad_hidden[rows] = grad_logits @ weight
+            grad_hidden[rows] = _times(grad_logits, weight.t())
         if for_weight:
             # As many entries of the vocabulary at a time as keep the product no larger than the logits.
             entries = max(1, rows.numel() * weight.shape[0] // weight.shape[1])

@@ -37,7 +37,7 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
         (x_work * dt.to(work).unsqueeze(-1)).view(batch * groups, rows, 1),
         B.to(work).reshape(batch * groups, 1, state_size),
     )
-    y = torch.bmm(flat, C.to(work).reshape(batch * groups, state_size, 1)).view(batch, heads, head_dim)
+    y = torch.linalg.vecdot(flat, C.to(work).reshape(batch * groups, 1, state_size)).view(batch, heads, head_dim)
     if new is not state:
         state.copy_(new)
     return torch.addcmul(y, x_work, D.to(work).unsqueeze(-1)).to(x.dtype)

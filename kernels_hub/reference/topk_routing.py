@@ -6,13 +6,14 @@ logits = x W^T;  s = sigmoid(logits);  chosen = top-k of s + bias;  w = scale * 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .linear import linear
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """x (tokens, hidden) times weight (experts, hidden), transposed, in float32: (tokens, experts)."""
-    return F.linear(x.float(), weight.float())
+    return linear(x.float(), weight.float())
 
 
 def topk_routing(

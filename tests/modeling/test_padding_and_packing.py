@@ -92,7 +92,7 @@ def test_padding_leaves_loss_and_gradients_alone(kind, attn, training, make_mode
     assert_same_gradients(gradients(model), expected_grads, relative)
 
 
-def test_the_tokens_in_the_padding_do_not_matter(make_model):
+def test_the_tokens_in_the_padding_do_not_matter(make_model, relative):
     """With holes as well, where neighbours of padding could otherwise learn from it."""
     model = make_model("ME*M-", exact=True, **MTP).train()
     documents = random_documents([9, 14])
@@ -102,7 +102,8 @@ def test_the_tokens_in_the_padding_do_not_matter(make_model):
     first, second = (
         model(i, attention_mask=mask, labels=labels, output_logits=True, use_cache=False) for i in (ids, other)
     )
-    assert torch.equal(first.logits[mask.bool()], second.logits[mask.bool()])
+    # Not to the bit: experts get other numbers of rows, for which a matrix product may round otherwise.
+    assert relative(first.logits[mask.bool()], second.logits[mask.bool()]) < 1e-14
     assert first.lm_loss.item() == pytest.approx(second.lm_loss.item(), rel=1e-12)
     assert first.mtp_loss.item() == pytest.approx(second.mtp_loss.item(), rel=1e-12)
 
