@@ -16,12 +16,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ..modeling.latent_moe import NemotronHExperts, NemotronHTopkRouter
+from ..modeling.linear import NemotronHLinear
 from ..modeling.modeling_nemotron_h import NemotronHPreTrainedModel
 from ..modeling.quantized_layers import CacheScaledLinear, QuantizedLinear
 
 _EXPERT_TENSORS = ("up_proj", "down_proj")
 # Also over frozen quantised weights; quantised experts have no adapter, which `exclude=["experts"]` has to admit.
-_LINEAR = (nn.Linear, QuantizedLinear, CacheScaledLinear)
+_LINEAR = (nn.Linear, NemotronHLinear, QuantizedLinear, CacheScaledLinear)
 # Matrices that are no linear maps, or that training leaves to other means: a router is steered by its correction bias.
 _NOT_ADAPTED = (nn.Embedding, nn.Conv1d, NemotronHTopkRouter)
 

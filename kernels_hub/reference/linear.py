@@ -29,12 +29,12 @@ def onednn_serves(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN can be asked directly: float32 on a CPU, nothing that has to see the operation by its own name."""
     return (
         _HAS_ONEDNN
+        and not torch.compiler.is_compiling()
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and torch._C._get_mkldnn_enabled()
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
 
