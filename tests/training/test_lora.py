@@ -111,7 +111,7 @@ def test_the_refusal_is_lifted_for_our_models_only(model):
 @pytest.mark.parametrize("target", ["out_proj", "in_proj"])
 def test_mamba_projections_on_every_path(make_model, ids, target):
     """With gradients, without, in segments, token by token and packed: each gives the merged model's logits."""
-    everything = {name.rpartition(".")[2] for name, m in make_model("ME*-").named_modules() if type(m) is nn.Linear}
+    everything = {name.rpartition(".")[2] for name, m in make_model("ME*-").named_modules() if isinstance(m, nn.Linear)}
     model = make_model("ME*-")
     before = model(ids, use_cache=False).logits
     peft_model = randomized(
