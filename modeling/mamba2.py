@@ -18,6 +18,7 @@ from ..kernels_hub.registry import causal_conv1d, causal_conv1d_update, selectiv
 from .cache import ROLLBACK_LIMIT, Mamba2CacheLayer
 from .linear import NemotronHLinear
 from .norms import NemotronHGatedRMSNorm
+from .static_cache import StaticMamba2Layer
 from .token_layout import TokenLayout
 
 # Positions (rows times length) per segment without gradients: on a CPU the projections then stay in cache.
@@ -71,6 +72,9 @@ class NemotronHMamba2Mixer(nn.Module):
     def forward(self, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None) -> Tensor:
         if cache is None:
             return self._sequence(hidden_states, layout, None, None)[0]
+        layer = cache.layers[self.layer_idx]
+        if getattr(layer, "read_ahead", None) is not None:
+            return self._read_ahead(hidden_states, layer)
         states = self._settled_states(cache)
         if cache.is_recording_past(self.layer_idx) and layout.padding is None and layout.seq_idx is None:
             return self._recorded(hidden_states, layout, cache, *states)
@@ -232,6 +236,53 @@ class NemotronHMamba2Mixer(nn.Module):
             self.D,
         )
         return self.out_proj(self.norm(y.view(batch, -1), z)).unsqueeze(1)
+
+    def _read_ahead(self, hidden_states: Tensor, layer: StaticMamba2Layer) -> Tensor:
+        """Drafts, in a fixed step: the kept tokens of the last step go into the states, in place; the new ones do not."""
+        self.take_drafts(layer)
+        conv_state, ssm_state, drafts = layer.conv_states[0], layer.recurrent_states[0], layer.drafts
+        z, inputs = self.in_proj(hidden_states).tensor_split([self.intermediate_size], dim=-1)
+        drafts[:, : inputs.shape[1]] = inputs
+        y = self._advance(*self._split(inputs), conv_state, ssm_state.clone(), None)
+        return self.out_proj(self.norm(y, z))
+
+    def take_drafts(self, layer: StaticMamba2Layer) -> None:
+        """Advance a layer's states, in place, by those of its drafts that are kept."""
+        ahead, conv_state, drafts = layer.read_ahead, layer.conv_states[0], layer.drafts
+        if ahead.count:
+            assert conv_state is not None
+            conv_in, dt = self._split(drafts[:, : ahead.count])
+            self._advance(conv_in, dt, conv_state, layer.recurrent_states[0], ahead.live)
+            inputs = torch.cat([conv_state, conv_in.mT.to(conv_state.dtype)], dim=-1)
+            conv_state.copy_(inputs.gather(2, ahead.window.expand(-1, inputs.shape[1], -1)))
+
+    def _advance(
+        self, conv_in: Tensor, dt: Tensor, conv_state: Tensor, ssm_state: Tensor, live: Tensor | None
+    ) -> Tensor:
+        """Few tokens, one after another as in decoding, into `ssm_state` in place: y (batch, seq, heads * head_dim).
+
+        Args:
+            live: (batch, seq, 1), 0 for tokens that leave the state as it is; None where there are none.
+        """
+        batch, length, _ = conv_in.shape
+        x, B, C = self.conv1d(conv_in, conv_state).split(
+            [self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1
+        )
+        dt, A = self._time_step(dt), self._decay()
+        dt = dt if live is None else dt * live
+        y = [
+            selective_state_update(
+                ssm_state,
+                x[:, t].view(batch, self.num_heads, self.head_dim),
+                dt[:, t],
+                A,
+                B[:, t].view(batch, self.n_groups, self.state_size),
+                C[:, t].view(batch, self.n_groups, self.state_size),
+                self.D,
+            )
+            for t in range(length)
+        ]
+        return torch.stack(y, dim=1).view(batch, length, -1)
 
     def _split(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """conv_in and dt of recorded inputs (batch, tokens, conv_dim + heads)."""

@@ -63,6 +63,8 @@ class TokenLayout:
     padding: Padding | None  # None when every position of every row is a token
     seq_idx: Tensor | None  # (batch, seq) document ids, or None when each row is one document
     documents: list[tuple[int, int, int]] | None  # (row, start, end) of each, to attend one by one
+    # (batch, 1, groups * seq, slots) bool, in a fixed step: the slots that each query head of a group sees at each position
+    slot_mask: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenLayout:
         """The same layout on another device; accelerate calls this where a model is spread over several."""
