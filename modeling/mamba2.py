@@ -76,7 +76,7 @@ class NemotronHMamba2Mixer(nn.Module):
         if getattr(layer, "read_ahead", None) is not None:
             return self._read_ahead(hidden_states, layer)
         states = self._settled_states(cache)
-        if cache.is_recording_past(self.layer_idx) and layout.padding is None and layout.seq_idx is None:
+        if cache.is_recording_past(self.layer_idx) and layout.seq_idx is None:
             return self._recorded(hidden_states, layout, cache, *states)
         if states[0] is not None and hidden_states.shape[1] == 1:
             return self._one_token(hidden_states, layout, *states)
@@ -109,15 +109,26 @@ class NemotronHMamba2Mixer(nn.Module):
         """As `_sequence`, with the newest tokens kept out of the cached states, as inputs that can be replayed."""
         layer, length = cache.layers[self.layer_idx], hidden_states.shape[1]
         parts, pending = [], layer.pending
-        if length > ROLLBACK_LIMIT:
+        # Only positions behind the last padded one can be taken back.
+        before, tail = (None, length) if layout.padding is None else layout.padding.before_tail
+        older = length - min(tail, ROLLBACK_LIMIT)
+        if older:
             if pending is not None:
                 _, conv_state, ssm_state = self._recur(*self._split(pending), conv_state, ssm_state)
                 pending = None
-            older = hidden_states[:, :-ROLLBACK_LIMIT]
-            out, conv_state, ssm_state = self._sequence(older, layout, conv_state, ssm_state)
-            conv_state, ssm_state = self._store(cache, conv_state, ssm_state)
-            parts.append(out)
-            hidden_states = hidden_states[:, -ROLLBACK_LIMIT:]
+            for part, padding in (
+                (hidden_states[:, : length - tail], before),
+                (hidden_states[:, length - tail : older], None),
+            ):
+                if part.shape[1]:
+                    alone = TokenLayout(None, padding, None, None)
+                    out, conv_state, ssm_state = self._sequence(part, alone, conv_state, ssm_state)
+                    conv_state, ssm_state = self._store(cache, conv_state, ssm_state)
+                    parts.append(out)
+            if older == length:
+                layer.keep_pending(None)
+                return torch.cat(parts, dim=1)
+            hidden_states = hidden_states[:, older:]
         z, inputs = self.in_proj(hidden_states).tensor_split([self.intermediate_size], dim=-1)
         new = inputs.shape[1]
         inputs = inputs if pending is None else torch.cat([pending, inputs], dim=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,15 @@ class Padding:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Padding:
         """The same padding on another device."""
         return Padding(*(_moved(getattr(self, field.name), device, non_blocking) for field in fields(self)))
+
+    @cached_property
+    def before_tail(self) -> tuple[Padding | None, int]:
+        """The padding of this call up to its last padded position in any row, and how many positions follow that one."""
+        if self.inverse is None:
+            return self, 0
+        real = self.inverse < self.lengths.unsqueeze(1)
+        tail = int(real.flip(1).long().cumprod(1).sum(1).min())
+        return _find_padding(real[:, : real.shape[1] - tail]), tail
 
     def compact(self, t: Tensor) -> Tensor:
         """Reorder (batch, seq, ...) to real tokens first."""

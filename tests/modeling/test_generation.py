@@ -86,16 +86,58 @@ def test_greedy_is_the_same_text(
     assert found.tolist() == plain.tolist()
 
 
-@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_other_drafters(how, pattern, make_model):
-    model = make_model(pattern, scale=1.0)
-    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
-    drafts = (
-        {"prompt_lookup_num_tokens": 3} if how == "prompt lookup" else {"assistant_model": make_model("M*", seed=1)}
-    )
-    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
-    assert model.generate(ids, **options, **drafts).tolist() == model.generate(ids, **options).tolist()
+@settings(max_examples=CASES // 2, deadline=None, derandomize=True)
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    how=st.sampled_from(["prompt lookup", "assistant", "itself"]),
+    other=st.sampled_from(["M*", "*-", "ME", "M"]),
+    seed=st.integers(0, 30),
+    length=st.integers(1, 12),
+    repeats=st.integers(1, 3),
+    left=st.integers(0, 3),
+    depth=st.integers(1, 9),
+    schedule=st.sampled_from(["constant", "heuristic", "heuristic_transient"]),
+    threshold=st.sampled_from([0.0, 0.3]),
+    ngram=st.integers(1, 4),
+    new=st.integers(1, 20),
+    eos=st.sampled_from([None, 5, [5, 17, 40]]),
+    processors=st.sampled_from([{}, {"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 6}]),
+    stop=st.sampled_from([None, (5, 5), (17, 40)]),
+    cache=st.sampled_from([None, "static"]),
+)
+def test_other_drafters_write_the_same_text(
+    pattern, how, other, seed, length, repeats, left, depth, schedule, threshold, ngram, new, eos, processors, stop, cache,
+    make_model, prompts, rules,
+):  # fmt: skip
+    """Prompt lookup, and assistants that agree seldom or always; transformers takes one row at a time."""
+    model = make_model(pattern, seed=seed, scale=(1.0, 4.0)[seed % 2])
+    ids = prompts(1, length, False, seed)[0].repeat(1, repeats)
+    mask = torch.ones_like(ids)
+    mask[:, : min(left, ids.shape[1] - 1)] = 0
+    ids = ids.masked_fill(mask == 0, 0)
+    if how == "prompt lookup":
+        drafts = {"prompt_lookup_num_tokens": depth, "max_matching_ngram_size": ngram}
+    else:
+        assistant = model if how == "itself" else make_model(other, seed=seed + 1, scale=1.0)
+        assistant.generation_config.num_assistant_tokens = depth
+        assistant.generation_config.num_assistant_tokens_schedule = schedule
+        assistant.generation_config.assistant_confidence_threshold = threshold
+        drafts = {"assistant_model": assistant}
+
+    def write(**extra):
+        return model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([rules.StopAfter(stop)] if stop else []),
+            **processors,
+            **extra,
+        )
+
+    assert write(cache_implementation=cache, **drafts).tolist() == write().tolist()
 
 
 def chi_square(counts, expected):
