@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -94,6 +95,10 @@ class NemotronHAttention(nn.Module):
         if layout.slot_mask is not None:
             out = attend_to_slots(query, key, value, layout.slot_mask, self.scaling)
             return self.o_proj(out.reshape(batch, length, -1)), None
+        if layout.behind_past:
+            seen = causal_lower_right(length, key.shape[2])
+            out = F.scaled_dot_product_attention(query, key, value, seen, scale=self.scaling, enable_gqa=True)
+            return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         kwargs |= {"dropout": self.config.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         if layout.documents is None:
