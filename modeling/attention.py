@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -41,6 +43,24 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+def attend_to_slots(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Few queries against the slots of a fixed-size cache, whatever `attn_implementation` reads whole prompts.
+
+    The query heads of a group are rows of one product with their keys, which are never repeated.
+
+    Args:
+        query: (batch, heads, seq, head_dim); key, value: (batch, kv_heads, slots, head_dim).
+        mask: (batch, 1, groups * seq, slots) bool, True where a query may see.
+
+    Returns:
+        (batch, seq, heads, head_dim).
+    """
+    batch, heads, length, width = query.shape
+    rows = query.reshape(batch, key.shape[1], -1, width)
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    return out.view(batch, heads, length, width).transpose(1, 2)
+
+
 class NemotronHAttention(nn.Module):
     """Causal grouped-query attention, scale `head_dim ** -0.5`. Input and output (batch, seq, hidden)."""
 
@@ -72,6 +92,13 @@ class NemotronHAttention(nn.Module):
             # Packed documents never look back into the cache, so they attend to this call's keys as they are.
             key, value = cached if layout.documents is None else (key, value)
 
+        if layout.slot_mask is not None:
+            out = attend_to_slots(query, key, value, layout.slot_mask, self.scaling)
+            return self.o_proj(out.reshape(batch, length, -1)), None
+        if layout.behind_past:
+            seen = causal_lower_right(length, key.shape[2])
+            out = F.scaled_dot_product_attention(query, key, value, seen, scale=self.scaling, enable_gqa=True)
+            return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         kwargs |= {"dropout": self.config.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         if layout.documents is None:

@@ -211,8 +211,8 @@ class MTPCache(DynamicCache):
         self._tokens_seen += tokens_to_remove
 
 
-def check_cache(cache: Cache, config: NemotronHConfig, batch: int) -> None:
-    """Refuse a cache that another configuration or another batch filled.
+def check_cache(cache: Cache, config: NemotronHConfig, batch: int, length: int = 0) -> None:
+    """Refuse a cache that another configuration or another batch filled, or that has no room for `length` tokens.
 
     Raises:
         ValueError: naming what differs.
@@ -229,6 +229,12 @@ def check_cache(cache: Cache, config: NemotronHConfig, batch: int) -> None:
         raise ValueError(
             "`cache` was filled with packed documents: attention would see all of them, the Mamba-2 layers the last only. "
             "Continue each document from a cache of its own."
+        )
+    if hasattr(cache, "check_room"):
+        cache.check_room(length)
+    elif 0 < cache.get_max_length() < length:  # transformers' fixed-size cache, which counts on the device
+        raise ValueError(
+            f"`cache` has a fixed size of {cache.get_max_length()} tokens, this call brings {length}: make a larger one."
         )
     conv_dim = config.mamba_num_heads * config.mamba_head_dim + 2 * config.n_groups * config.ssm_state_size
     conv_shape = (conv_dim, config.conv_kernel)

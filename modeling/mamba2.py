@@ -18,6 +18,7 @@ from ..kernels_hub.registry import causal_conv1d, causal_conv1d_update, selectiv
 from .cache import ROLLBACK_LIMIT, Mamba2CacheLayer
 from .linear import NemotronHLinear
 from .norms import NemotronHGatedRMSNorm
+from .static_cache import StaticMamba2Layer
 from .token_layout import TokenLayout
 
 # Positions (rows times length) per segment without gradients: on a CPU the projections then stay in cache.
@@ -71,8 +72,11 @@ class NemotronHMamba2Mixer(nn.Module):
     def forward(self, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None) -> Tensor:
         if cache is None:
             return self._sequence(hidden_states, layout, None, None)[0]
+        layer = cache.layers[self.layer_idx]
+        if getattr(layer, "read_ahead", None) is not None:
+            return self._read_ahead(hidden_states, layer)
         states = self._settled_states(cache)
-        if cache.is_recording_past(self.layer_idx) and layout.padding is None and layout.seq_idx is None:
+        if cache.is_recording_past(self.layer_idx) and layout.seq_idx is None:
             return self._recorded(hidden_states, layout, cache, *states)
         if states[0] is not None and hidden_states.shape[1] == 1:
             return self._one_token(hidden_states, layout, *states)
@@ -105,15 +109,26 @@ class NemotronHMamba2Mixer(nn.Module):
         """As `_sequence`, with the newest tokens kept out of the cached states, as inputs that can be replayed."""
         layer, length = cache.layers[self.layer_idx], hidden_states.shape[1]
         parts, pending = [], layer.pending
-        if length > ROLLBACK_LIMIT:
+        # Only positions behind the last padded one can be taken back.
+        before, tail = (None, length) if layout.padding is None else layout.padding.before_tail
+        older = length - min(tail, ROLLBACK_LIMIT)
+        if older:
             if pending is not None:
                 _, conv_state, ssm_state = self._recur(*self._split(pending), conv_state, ssm_state)
                 pending = None
-            older = hidden_states[:, :-ROLLBACK_LIMIT]
-            out, conv_state, ssm_state = self._sequence(older, layout, conv_state, ssm_state)
-            conv_state, ssm_state = self._store(cache, conv_state, ssm_state)
-            parts.append(out)
-            hidden_states = hidden_states[:, -ROLLBACK_LIMIT:]
+            for part, padding in (
+                (hidden_states[:, : length - tail], before),
+                (hidden_states[:, length - tail : older], None),
+            ):
+                if part.shape[1]:
+                    alone = TokenLayout(None, padding, None, None)
+                    out, conv_state, ssm_state = self._sequence(part, alone, conv_state, ssm_state)
+                    conv_state, ssm_state = self._store(cache, conv_state, ssm_state)
+                    parts.append(out)
+            if older == length:
+                layer.keep_pending(None)
+                return torch.cat(parts, dim=1)
+            hidden_states = hidden_states[:, older:]
         z, inputs = self.in_proj(hidden_states).tensor_split([self.intermediate_size], dim=-1)
         new = inputs.shape[1]
         inputs = inputs if pending is None else torch.cat([pending, inputs], dim=1)
@@ -232,6 +247,53 @@ class NemotronHMamba2Mixer(nn.Module):
             self.D,
         )
         return self.out_proj(self.norm(y.view(batch, -1), z)).unsqueeze(1)
+
+    def _read_ahead(self, hidden_states: Tensor, layer: StaticMamba2Layer) -> Tensor:
+        """Drafts, in a fixed step: the kept tokens of the last step go into the states, in place; the new ones do not."""
+        self.take_drafts(layer)
+        conv_state, ssm_state, drafts = layer.conv_states[0], layer.recurrent_states[0], layer.drafts
+        z, inputs = self.in_proj(hidden_states).tensor_split([self.intermediate_size], dim=-1)
+        drafts[:, : inputs.shape[1]] = inputs
+        y = self._advance(*self._split(inputs), conv_state, ssm_state.clone(), None)
+        return self.out_proj(self.norm(y, z))
+
+    def take_drafts(self, layer: StaticMamba2Layer) -> None:
+        """Advance a layer's states, in place, by those of its drafts that are kept."""
+        ahead, conv_state, drafts = layer.read_ahead, layer.conv_states[0], layer.drafts
+        if ahead.count:
+            assert conv_state is not None
+            conv_in, dt = self._split(drafts[:, : ahead.count])
+            self._advance(conv_in, dt, conv_state, layer.recurrent_states[0], ahead.live)
+            inputs = torch.cat([conv_state, conv_in.mT.to(conv_state.dtype)], dim=-1)
+            conv_state.copy_(inputs.gather(2, ahead.window.expand(-1, inputs.shape[1], -1)))
+
+    def _advance(
+        self, conv_in: Tensor, dt: Tensor, conv_state: Tensor, ssm_state: Tensor, live: Tensor | None
+    ) -> Tensor:
+        """Few tokens, one after another as in decoding, into `ssm_state` in place: y (batch, seq, heads * head_dim).
+
+        Args:
+            live: (batch, seq, 1), 0 for tokens that leave the state as it is; None where there are none.
+        """
+        batch, length, _ = conv_in.shape
+        x, B, C = self.conv1d(conv_in, conv_state).split(
+            [self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1
+        )
+        dt, A = self._time_step(dt), self._decay()
+        dt = dt if live is None else dt * live
+        y = [
+            selective_state_update(
+                ssm_state,
+                x[:, t].view(batch, self.num_heads, self.head_dim),
+                dt[:, t],
+                A,
+                B[:, t].view(batch, self.n_groups, self.state_size),
+                C[:, t].view(batch, self.n_groups, self.state_size),
+                self.D,
+            )
+            for t in range(length)
+        ]
+        return torch.stack(y, dim=1).view(batch, length, -1)
 
     def _split(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """conv_in and dt of recorded inputs (batch, tokens, conv_dim + heads)."""

@@ -26,6 +26,8 @@ from ..configuration.configuration_nemotron_h import NemotronHConfig
 from .attention import NemotronHAttention
 from .block import NemotronHBlock
 from .cache import HybridCache, check_cache
+from .captured_decoding import borrow_cache, sample_captured
+from .drafting import MOST_DEPTHS
 from .generation import check_mtp_options, generate_with_mtp
 from .latent_moe import NemotronHExperts, NemotronHTopkRouter
 from .linear import NemotronHLinear
@@ -36,6 +38,7 @@ from .objective import cross_entropy_ahead, mtp_cross_entropy
 from .published_state import take_published_names
 from .quantization_file import drop_quantization, find_quantization
 from .remote_code import AUTO_MAP, STUB_FILE, write_stub
+from .static_cache import StaticHybridCache
 from .token_layout import TokenLayout, describe_tokens
 from .weight_checks import check_headers, name_truncated_file, refuse_non_finite, refuse_pickled
 
@@ -267,7 +270,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
             _check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embeddings(input_ids)
         if cache is not None and not torch.compiler.is_compiling():
-            check_cache(cache, self.config, inputs_embeds.shape[0])
+            check_cache(cache, self.config, *inputs_embeds.shape[:2])
         layout = describe_tokens(
             self.config, inputs_embeds, attention_mask, position_ids, cache, seq_idx, cu_seq_lens_q
         )
@@ -445,11 +448,42 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         names = ("streamer", "cache", "attention_mask", "inputs_embeds")
         return generate_with_mtp(self, *arguments, **{name: kwargs.get(name) for name in names})
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        looks_inside = generation_config.return_dict_in_generate and (
+            generation_config.output_attentions or generation_config.output_hidden_states
+        )
+        # Recorded steps hand out logits only, and several processes would have to record the same ones.
+        if not isinstance(model_kwargs.get("cache"), StaticHybridCache) or looks_inside or synced_gpus:
+            return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        return sample_captured(self, *arguments, streamer, model_kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
         # generate() would make a plain DynamicCache, whose Mamba layers cannot select or repeat rows. And no cache of
         # transformers' knows its length without an attention layer.
         given = model_kwargs.get("cache")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        # With a `compile_config` the fixed-size cache is transformers', and so is what compiles.
+        static = generation_config.cache_implementation == "static" and generation_config.compile_config is None
+        static = static and not generation_config.is_assistant  # whose caches must crop
+        if given is None and generation_config.use_cache and static:
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            tokens = max(max_cache_length, generation_config.max_cache_len or 0)
+            tokens += MOST_DEPTHS if generation_config.use_mtp else 0
+            model_kwargs["cache"] = borrow_cache(self, rows, tokens)
+            return
+        super()._prepare_cache_for_generation(*arguments)
         made = model_kwargs.get("cache")
         attends = "full_attention" in self.config.layers_block_type
         if given is None and made is not None and (type(made) is DynamicCache or not attends):

@@ -60,7 +60,9 @@ def save_snapshot(cache: HybridCache, path: Path | str, model: PreTrainedModel) 
                 )
             found = {"conv_state": layer.conv_states[0], "ssm_state": layer.recurrent_states[0]}
         else:
-            found = {"keys": getattr(layer, "keys", None), "values": getattr(layer, "values", None)}
+            found = {name: getattr(layer, name, None) for name in ("keys", "values")}
+            # A cache of fixed size has room that nothing fills yet.
+            found = {n: None if t is None else t[..., : cache.get_seq_length(), :] for n, t in found.items()}
         for name, tensor in found.items():
             if tensor is not None and tensor.numel():
                 tensors[f"layers.{index}.{name}"] = tensor.detach().contiguous()

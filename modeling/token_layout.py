@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
+
+# Where a call behind a cached past needs no mask of its length times all keys, which at a million keys is larger than the keys.
+_MASKLESS_PAST = {("cuda", torch.bfloat16), ("cuda", torch.float16)}
 
 # Entries of the largest attention mask built for packed documents. Above it they are attended one after another, which
 # needs no mask; below it one call with a mask is faster than many small ones.
@@ -37,6 +41,15 @@ class Padding:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Padding:
         """The same padding on another device."""
         return Padding(*(_moved(getattr(self, field.name), device, non_blocking) for field in fields(self)))
+
+    @cached_property
+    def before_tail(self) -> tuple[Padding | None, int]:
+        """The padding of this call up to its last padded position in any row, and how many positions follow that one."""
+        if self.inverse is None:
+            return self, 0
+        real = self.inverse < self.lengths.unsqueeze(1)
+        tail = int(real.flip(1).long().cumprod(1).sum(1).min())
+        return _find_padding(real[:, : real.shape[1] - tail]), tail
 
     def compact(self, t: Tensor) -> Tensor:
         """Reorder (batch, seq, ...) to real tokens first."""
@@ -63,6 +76,10 @@ class TokenLayout:
     padding: Padding | None  # None when every position of every row is a token
     seq_idx: Tensor | None  # (batch, seq) document ids, or None when each row is one document
     documents: list[tuple[int, int, int]] | None  # (row, start, end) of each, to attend one by one
+    # (batch, 1, groups * seq, slots) bool, in a fixed step: the slots that each query head of a group sees at each position
+    slot_mask: Tensor | None = None
+    # whether this call's queries stand behind cached keys without any padding, and are attended to without a mask
+    behind_past: bool = False
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenLayout:
         """The same layout on another device; accelerate calls this where a model is spread over several."""
@@ -154,7 +171,17 @@ def describe_tokens(
         elif isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
             raise ValueError("Give either packed documents or a 4-D `attention_mask`, not both.")
 
-    if causal_mask is None and documents is None and "full_attention" in _layer_kinds(config):
+    behind_past = (
+        attention_mask is None
+        and seq_idx is None
+        and length > 1
+        and not tracing
+        and isinstance(past, int)
+        and past > 0
+        and config._attn_implementation == "sdpa"
+        and (inputs_embeds.device.type, inputs_embeds.dtype) in _MASKLESS_PAST
+    )
+    if not behind_past and causal_mask is None and documents is None and "full_attention" in _layer_kinds(config):
         causal_mask = create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,
@@ -164,7 +191,7 @@ def describe_tokens(
         )
 
     padding = _find_padding(token_mask)
-    return TokenLayout(causal_mask, padding, seq_idx, documents)
+    return TokenLayout(causal_mask, padding, seq_idx, documents, behind_past=behind_past)
 
 
 def _layer_kinds(config: NemotronHConfig) -> set[str]:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nemotron_super import HybridCache
-from nemotron_super.modeling import mamba2
+from nemotron_super.modeling import mamba2, token_layout
+from nemotron_super.modeling.static_cache import StaticHybridCache
 from transformers import DynamicCache
 
 pytestmark = pytest.mark.usefixtures("exact_floats")
@@ -277,3 +278,24 @@ def test_a_cache_of_another_batch_size_is_refused(pattern, length, make_model):
 def test_a_cache_made_without_a_configuration_is_refused(make_model):
     with pytest.raises(ValueError, match="cache"):
         make_model()(torch.zeros(1, 3, dtype=torch.long), cache=DynamicCache(), use_cache=True)
+
+
+@pytest.mark.parametrize("kind", ["growing", "static"])
+@pytest.mark.parametrize("pieces", [(5, 3, 7), (1, 14), (9, 1, 5)], ids=str)
+def test_a_long_prompt_in_pieces_needs_no_mask(kind, pieces, make_model, relative, monkeypatch):
+    """What a GPU does in half precision: queries behind cached keys, aligned at the end, without a mask over all keys."""
+    monkeypatch.setattr(token_layout, "_MASKLESS_PAST", {("cpu", torch.float64)})
+    model = make_model("M*-*", exact=True)
+    ids = torch.randint(0, 61, (2, 15), generator=torch.Generator().manual_seed(0))
+    cache = HybridCache(model.config) if kind == "growing" else StaticHybridCache(model.config, 40)
+    make_mask = token_layout.create_causal_mask
+
+    def only_small(**kwargs):
+        assert kwargs["inputs_embeds"].shape[1] == 1 or kwargs["cache"].get_seq_length() == 0
+        return make_mask(**kwargs)
+
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        monkeypatch.setattr(token_layout, "create_causal_mask", only_small)
+        found = [model(part, cache=cache).logits for part in ids.split(pieces, dim=1)]
+    assert relative(torch.cat(found, dim=1), expected) < TIGHT

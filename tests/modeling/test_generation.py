@@ -9,44 +9,13 @@ from hypothesis import strategies as st
 from nemotron_super.modeling.generation import MTPGenerateOutput
 from nemotron_super.modeling.speculative import accept_sampled
 from peft import LoraConfig, get_peft_model
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import CompileConfig, LogitsProcessorList, StoppingCriteriaList
 
 MTP = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
 PATTERNS = ["ME*M-", "M-M", "*-*", "ME"]
 # In CI a sample; the whole is run with NEMOTRON_GENERATION_CASES=10000 NEMOTRON_SAMPLING_DRAWS=50000.
 CASES = int(os.environ.get("NEMOTRON_GENERATION_CASES", 120))
 DRAWS = int(os.environ.get("NEMOTRON_SAMPLING_DRAWS", 5000))
-
-
-def prompts(rows, length, padding, seed):
-    """Left-padded prompts: ids and mask."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 61, (rows, length), generator=generator)
-    mask = torch.ones_like(ids)
-    for row in range(1, rows):
-        mask[row, : int(torch.randint(0, length, (1,), generator=generator)) if padding else 0] = 0
-    return ids.masked_fill(mask == 0, 0), mask
-
-
-class StopAfter(StoppingCriteria):
-    """Stops a row when two given tokens follow each other, as a stop string does."""
-
-    def __init__(self, pair):
-        self.pair = torch.tensor(pair)
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return (
-            (input_ids[:, -2:] == self.pair).all(-1) if input_ids.shape[1] > 1 else torch.zeros(len(input_ids)).bool()
-        )
-
-
-class Forbid(LogitsProcessor):
-    """Forbids what the newest token and the length say: shows whether processors see the right tokens."""
-
-    def __call__(self, input_ids, scores):
-        banned = (input_ids[:, -1:] * 7 + input_ids.shape[1]) % scores.shape[-1]
-        return scores.scatter(1, banned, -torch.inf)
 
 
 @settings(max_examples=CASES, deadline=None, derandomize=True)
@@ -66,10 +35,11 @@ class Forbid(LogitsProcessor):
     forbid=st.booleans(),
     stop=st.sampled_from([None, (5, 5), (17, 40)]),
     chunk=st.sampled_from([None, 1, 3]),
+    cache=st.sampled_from([None, "static"]),
 )
 @example(  # without an end-of-sequence token a finished row goes on beside the others
     pattern="M-M", mtp="*E", seed=10, rows=2, length=1, padding=False, depth=1, schedule="constant", threshold=None, new=3,
-    eos=None, processors={}, forbid=False, stop=(5, 5), chunk=None,
+    eos=None, processors={}, forbid=False, stop=(5, 5), chunk=None, cache=None,
 )  # fmt: skip
 def test_greedy_is_the_same_text(
     pattern,
@@ -87,7 +57,10 @@ def test_greedy_is_the_same_text(
     forbid,
     stop,
     chunk,
+    cache,
     make_model,
+    prompts,
+    rules,
 ):
     # A small scale repeats itself, so that drafts are kept; a large one does not, so that they are refused.
     model = make_model(pattern, seed=seed, scale=(1.0, 4.0)[seed % 2], **MTP | {"mtp_hybrid_override_pattern": mtp})
@@ -99,8 +72,8 @@ def test_greedy_is_the_same_text(
     def write(**extra):
         return model.generate(
             ids,
-            logits_processor=LogitsProcessorList([Forbid()] if forbid else []),
-            stopping_criteria=StoppingCriteriaList([StopAfter(stop)] if stop else []),
+            logits_processor=LogitsProcessorList([rules.Forbid()] if forbid else []),
+            stopping_criteria=StoppingCriteriaList([rules.StopAfter(stop)] if stop else []),
             **options,
             **extra,
         )
@@ -109,20 +82,62 @@ def test_greedy_is_the_same_text(
     drafts = {"num_assistant_tokens": depth, "num_assistant_tokens_schedule": schedule}
     if threshold:
         drafts["assistant_confidence_threshold"] = threshold
-    found = write(use_mtp=True, prefill_chunk_size=chunk, **drafts)
+    found = write(use_mtp=True, prefill_chunk_size=chunk, cache_implementation=cache, **drafts)
     assert found.tolist() == plain.tolist()
 
 
-@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_other_drafters(how, pattern, make_model):
-    model = make_model(pattern, scale=1.0)
-    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
-    drafts = (
-        {"prompt_lookup_num_tokens": 3} if how == "prompt lookup" else {"assistant_model": make_model("M*", seed=1)}
-    )
-    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
-    assert model.generate(ids, **options, **drafts).tolist() == model.generate(ids, **options).tolist()
+@settings(max_examples=CASES // 2, deadline=None, derandomize=True)
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    how=st.sampled_from(["prompt lookup", "assistant", "itself"]),
+    other=st.sampled_from(["M*", "*-", "ME", "M"]),
+    seed=st.integers(0, 30),
+    length=st.integers(1, 12),
+    repeats=st.integers(1, 3),
+    left=st.integers(0, 3),
+    depth=st.integers(1, 9),
+    schedule=st.sampled_from(["constant", "heuristic", "heuristic_transient"]),
+    threshold=st.sampled_from([0.0, 0.3]),
+    ngram=st.integers(1, 4),
+    new=st.integers(1, 20),
+    eos=st.sampled_from([None, 5, [5, 17, 40]]),
+    processors=st.sampled_from([{}, {"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 2}, {"min_new_tokens": 6}]),
+    stop=st.sampled_from([None, (5, 5), (17, 40)]),
+    cache=st.sampled_from([None, "static"]),
+)
+def test_other_drafters_write_the_same_text(
+    pattern, how, other, seed, length, repeats, left, depth, schedule, threshold, ngram, new, eos, processors, stop, cache,
+    make_model, prompts, rules,
+):  # fmt: skip
+    """Prompt lookup, and assistants that agree seldom or always; transformers takes one row at a time."""
+    model = make_model(pattern, seed=seed, scale=(1.0, 4.0)[seed % 2])
+    ids = prompts(1, length, False, seed)[0].repeat(1, repeats)
+    mask = torch.ones_like(ids)
+    mask[:, : min(left, ids.shape[1] - 1)] = 0
+    ids = ids.masked_fill(mask == 0, 0)
+    if how == "prompt lookup":
+        drafts = {"prompt_lookup_num_tokens": depth, "max_matching_ngram_size": ngram}
+    else:
+        assistant = model if how == "itself" else make_model(other, seed=seed + 1, scale=1.0)
+        assistant.generation_config.num_assistant_tokens = depth
+        assistant.generation_config.num_assistant_tokens_schedule = schedule
+        assistant.generation_config.assistant_confidence_threshold = threshold
+        drafts = {"assistant_model": assistant}
+
+    def write(**extra):
+        return model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([rules.StopAfter(stop)] if stop else []),
+            **processors,
+            **extra,
+        )
+
+    assert write(cache_implementation=cache, **drafts).tolist() == write().tolist()
 
 
 def chi_square(counts, expected):
@@ -179,25 +194,12 @@ def test_sampling_is_the_same_distribution(how, make_model):
     assert float(1 - torch.special.gammainc(torch.tensor(freedom / 2).double(), statistic / 2)) > 1e-3
 
 
-class Recorder(BaseStreamer):
-    """Keeps what a streamer is given."""
-
-    def __init__(self):
-        self.parts, self.ended, self.mtp_statistics = [], False, None
-
-    def put(self, value):
-        self.parts.append(value.reshape(-1))
-
-    def end(self):
-        self.ended = self.mtp_statistics is not None
-
-
-def test_output_scores_and_streamer(make_model):
+def test_output_scores_and_streamer(make_model, prompts, rules):
     model = make_model("ME*M-", scale=1.0, **MTP)
     ids, _ = prompts(1, 6, False, 0)
     options = {"max_new_tokens": 15, "do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.2}
     options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
-    streamer = Recorder()
+    streamer = rules.Recorder()
     plain = model.generate(ids, **options)
     found = model.generate(ids, use_mtp=True, num_assistant_tokens=3, streamer=streamer, **options)
     assert isinstance(found, MTPGenerateOutput) and found.sequences.equal(plain.sequences)
@@ -212,7 +214,7 @@ def test_output_scores_and_streamer(make_model):
     assert len(statistics.acceptance_rate) <= 3 and all(0 <= rate <= 1 for rate in statistics.acceptance_rate)
 
 
-def test_drafts_that_come_true(make_model):
+def test_drafts_that_come_true(make_model, prompts):
     """Statistics where every draft is kept: a model that always writes the same token."""
     model = make_model("ME*", **MTP)
     with torch.no_grad():
@@ -224,7 +226,7 @@ def test_drafts_that_come_true(make_model):
     assert found.mtp_statistics.tokens_per_step == 4 and found.mtp_statistics.acceptance_rate == [1.0] * 3
 
 
-def test_the_returned_cache_continues(make_model):
+def test_the_returned_cache_continues(make_model, prompts):
     model = make_model("ME*M-", scale=1.0, **MTP)
     ids, _ = prompts(1, 6, False, 0)
     options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "use_mtp": True}
@@ -236,7 +238,7 @@ def test_the_returned_cache_continues(make_model):
     )
 
 
-def test_inputs_embeds(make_model):
+def test_inputs_embeds(make_model, prompts):
     model = make_model("ME*M-", scale=1.0, **MTP)
     ids, mask = prompts(3, 7, True, 3)
     options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
@@ -245,14 +247,14 @@ def test_inputs_embeds(make_model):
     assert model.generate(inputs_embeds=embeds, use_mtp=True, **options).equal(expected)
 
 
-def test_several_continuations(make_model):
+def test_several_continuations(make_model, prompts):
     model = make_model("ME*M-", scale=1.0, **MTP)
     ids, _ = prompts(2, 5, False, 0)
     found = model.generate(ids, use_mtp=True, num_return_sequences=3, do_sample=True, max_new_tokens=6)
     assert found.shape == (6, 11)
 
 
-def test_an_adapter_drafts_too(make_model):
+def test_an_adapter_drafts_too(make_model, prompts):
     model = make_model("ME*M-", scale=1.0, **MTP)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["in_proj", "q_proj"], init_lora_weights=False))
     ids, _ = prompts(2, 5, True, 0)
@@ -260,7 +262,7 @@ def test_an_adapter_drafts_too(make_model):
     assert adapted.generate(ids, use_mtp=True, **options).equal(adapted.generate(ids, **options))
 
 
-def test_depth_by_default_is_the_trained_one(make_model):
+def test_depth_by_default_is_the_trained_one(make_model, prompts):
     model = make_model("ME*", mtp_num_depths=3, **MTP)
     ids, _ = prompts(1, 5, False, 0)
     options = {"use_mtp": True, "max_new_tokens": 8, "return_dict_in_generate": True, "do_sample": False}
@@ -276,7 +278,8 @@ BAD = {
     "beams": ({"num_beams": 2}, "num_beams"),
     "two drafters": ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
     "no cache": ({"use_cache": False}, "use_cache"),
-    "static": ({"cache_implementation": "static"}, "cache_implementation"),
+    "offloaded": ({"cache_implementation": "offloaded"}, "cache_implementation"),
+    "compiled": ({"cache_implementation": "static", "compile_config": CompileConfig()}, "compile_config"),
     "hidden states": ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states"),
 }
 

@@ -169,3 +169,37 @@ def test_it_costs_little(make_model):
     layer = cache.layers[0]
     assert layer.pending.shape[1] == cache_module.ROLLBACK_LIMIT
     assert layer.pending[:, :1].numel() < layer.recurrent_states[0].numel() / 10
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    first=st.integers(0, 5),
+    length=st.integers(1, 7),
+    padded=st.lists(st.integers(0, 6), min_size=2, max_size=2),
+    back=st.integers(0, 7),
+)
+def test_a_recorded_call_with_padding(pattern, first, length, padded, back, make_model, relative):
+    """Padding may stand anywhere before the positions taken back, behind tokens that are recorded as well."""
+    model = make_model(pattern, exact=True)
+    before, call, last = tokens(2, first), tokens(2, length, 1), tokens(2, 3, 2)
+    mask = torch.ones(2, first + length, dtype=torch.long)
+    for row, place in enumerate(padded):
+        if place < length - 1:
+            mask[row, first + place] = 0
+    cache = HybridCache(model.config)
+    cache.activate_past_recording()
+    if first:
+        feed(model, cache, before)
+    logits = feed(model, cache, call, mask)
+    free = int(mask.flip(1).cumprod(1).sum(1).min())
+    back = min(back, free if int(mask.min()) == 0 else first + length)
+    cache.crop(-back)
+    kept = torch.cat([before, call], 1)[:, : first + length - back]
+    mask = mask[:, : first + length - back]
+    found = feed(model, cache, last, torch.cat([mask, torch.ones_like(last)], 1))
+    for row in range(2):
+        alone = torch.cat([kept[row, mask[row].bool()], last[row]])[None]
+        with torch.no_grad():
+            assert relative(found[row], model(alone, use_cache=False).logits[0, -3:]) < TIGHT
+    assert logits.shape[1] == length

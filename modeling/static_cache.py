@@ -1,0 +1,327 @@
+"""The hybrid cache with every tensor at a fixed address: what a decode step replayed as a CUDA graph works on.
+
+Keys and values lie in slots, as many as the cache was made for. Two kinds of calls fill them:
+
+- *Whole calls* (a prompt, or any forward that a user makes) write behind the last slot used, which the host counts, and
+  attend to exactly the slots filled: the same tensors, and the same numbers, as with a cache that grows.
+- *Fixed steps* (`Slots.fixed`) write where the device says, row by row, and attend to a fixed number of slots, `reach`,
+  behind a mask. Nothing in them depends on a number that only the host knows. Taking tokens back is a smaller position.
+
+Positions are not encoded, so which slot a key lies in does not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DummyLayer
+
+from ..configuration.configuration_nemotron_h import NemotronHConfig
+from .cache import HybridCache, Mamba2CacheLayer
+from .cuda_graphs import CUDAGraphs
+from .token_layout import TokenLayout
+
+_SHORTEST_REACH = 256
+
+
+def round_up(slots: int) -> int:
+    """The next of 256, 320, 384, 448, 512, 640, ...: at most a quarter more, and few different sizes."""
+    size = _SHORTEST_REACH
+    while size * 2 <= slots:
+        size *= 2
+    quarter = size // 4
+    return max(size, -(-slots // quarter) * quarter)
+
+
+class Slots:
+    """Where the rows of a fixed-size cache write and what they may see; shared by all its layers.
+
+    Args:
+        size: slots of each row.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.seen = 0  # slots filled, of the longest row
+        self.ragged = False  # whether rows have filled different numbers
+        self.positions: Tensor | None = None  # (batch,) int64: each row's next slot, on the device
+        self.there: Tensor | None = None  # (batch, size) bool: False where a prompt had padding
+        self.index: Tensor | None = None  # (batch, tokens) int64: the slots of a fixed step's tokens
+        self.reach = 0
+
+    def begin(self, batch: int, device: torch.device, mask: Tensor | None) -> None:
+        """Fixed steps follow. `mask`: (batch, seen), 0 for padding; None where all slots hold tokens."""
+        if self.positions is None or self.positions.shape[0] != batch:
+            self.positions = torch.zeros(batch, dtype=torch.long, device=device)
+            self.there = torch.ones(batch, self.size, dtype=torch.bool, device=device)
+        assert self.there is not None
+        self.positions.fill_(self.seen)
+        self.there.fill_(True)
+        if mask is not None:
+            self.there[:, : self.seen].copy_(mask[:, : self.seen])
+
+    def reach_for(self, slots: int) -> int:
+        """How many slots a step attends to that fills the first `slots`: a power of two, so that few graphs serve."""
+        reach = _SHORTEST_REACH
+        while reach < slots:
+            reach *= 2
+        return min(reach, self.size)
+
+    @contextlib.contextmanager
+    def fixed(self, tokens: int, reach: int, groups: int, ahead: int = 0) -> Iterator[TokenLayout]:
+        """A step of `tokens` tokens a row, `ahead` slots behind each row's next one; gives the layout for its forward.
+
+        Args:
+            groups: query heads for each key and value head.
+        """
+        assert self.positions is not None and self.there is not None
+        device = self.positions.device
+        self.index = self.positions.unsqueeze(1) + torch.arange(ahead, ahead + tokens, device=device)
+        self.reach = reach
+        seen = torch.arange(reach, device=device) <= self.index.unsqueeze(-1)
+        mask = (seen & self.there[:, None, :reach]).repeat(1, groups, 1).unsqueeze(1)
+        try:
+            yield TokenLayout(None, None, None, None, slot_mask=mask)
+        finally:
+            self.index = None
+
+    def reset(self) -> None:
+        self.seen, self.ragged = 0, False
+
+
+class StaticAttentionLayer(CacheLayerMixin):
+    """Keys and values, (batch, kv_heads, size, head_dim) each, allocated when the first ones come."""
+
+    is_croppable = True
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, slots: Slots):
+        super().__init__()
+        self.slots = slots
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.device = key_states.device
+        # Zeros: a slot that nothing has filled is multiplied by a weight of zero, which must not meet a NaN.
+        self.keys, self.values = (
+            torch.zeros(*t.shape[:2], self.slots.size, t.shape[3], dtype=t.dtype, device=t.device)
+            for t in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write (batch, kv_heads, tokens, head_dim); returns the keys and values to attend to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        slots, index = self.slots, self.slots.index
+        if index is not None:
+            for stored, new in ((self.keys, key_states), (self.values, value_states)):
+                stored.scatter_(2, index[:, None, :, None].expand_as(new), new)
+            end = slots.reach
+        else:
+            end = slots.seen + key_states.shape[2]
+            self.keys[:, :, slots.seen : end] = key_states
+            self.values[:, :, slots.seen : end] = value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.slots.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.slots.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.slots.size
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing: what lies behind the last slot in use is not seen, and is written over."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.is_initialized:
+            for stored in (self.keys, self.values):
+                stored[:, :, : self.slots.seen] = stored[beam_idx.to(stored.device), :, : self.slots.seen]
+
+    def reset(self) -> None:
+        """Nothing: no slot is in use any more. Stale numbers are finite, and masked."""
+
+    def _map(self, function) -> None:
+        if self.is_initialized:
+            self.keys, self.values = function(self.keys), function(self.values)
+
+
+class ReadAhead:
+    """What the Mamba-2 layers of a cache share while drafts are read in fixed steps.
+
+    A step's tokens stay out of the states, as in `Mamba2CacheLayer`, but at fixed addresses: their inputs lie in
+    `StaticMamba2Layer.drafts`, and the next step replays the `kept` of them.
+    """
+
+    def __init__(self, kept: Tensor):
+        self.kept = kept  # (batch,) int64: how many of the last step's tokens each row keeps
+        self.count = 0  # tokens of the last step
+        self.live: Tensor | None = None  # (batch, count, 1) float32: 1 for tokens that are kept
+        self.window: Tensor | None = None  # (batch, 1, conv_kernel): where the convolution's window lies behind them
+
+    def prepare(self, count: int, conv_kernel: int) -> None:
+        """Called once a step, before the layers: what depends on `kept` alone."""
+        self.count = count
+        if count:
+            device = self.kept.device
+            kept = self.kept.unsqueeze(1)
+            self.live = (torch.arange(count, device=device) < kept).to(torch.float32).unsqueeze(-1)
+            self.window = (kept + torch.arange(conv_kernel, device=device)).unsqueeze(1)
+
+
+class StaticMamba2Layer(Mamba2CacheLayer):
+    """State of one Mamba-2 layer, at the same addresses from the first token on.
+
+    `drafts`: (batch, tokens, channels + heads), inputs of the newest step's tokens while drafts are read in fixed steps.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.read_ahead: ReadAhead | None = None
+        self.drafts: Tensor = torch.empty(0)
+
+
+class StaticHybridCache(HybridCache):
+    """Cache of a Nemotron-H model with room for a fixed number of tokens, which never moves.
+
+    `generate(cache_implementation="static")` makes one that fits, keeps it, and its captured graphs, for later calls.
+
+    Args:
+        config: the model's configuration.
+        max_cache_len: tokens of each row, padding included.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from nemotron_super import NemotronHForCausalLM, preset
+    >>> from nemotron_super.modeling.static_cache import StaticHybridCache
+    >>> model = NemotronHForCausalLM(preset("tiny"))
+    >>> cache = StaticHybridCache(model.config, max_cache_len=64)
+    >>> model(torch.tensor([[1, 5, 9]]), cache=cache).cache.get_seq_length()
+    3
+    ```
+    """
+
+    def __init__(self, config: NemotronHConfig, max_cache_len: int):
+        if max_cache_len < 1:
+            raise ValueError(f"`max_cache_len` is {max_cache_len}: a cache needs room for at least one token.")
+        super().__init__(config)
+        self.slots = Slots(max_cache_len)
+        made = {
+            "full_attention": lambda: StaticAttentionLayer(self.slots),
+            "linear_attention": StaticMamba2Layer,
+        }
+        self.layers = [made.get(kind, DummyLayer)() for kind in config.layers_block_type]
+        self.config = config
+        self.graphs = CUDAGraphs()
+        self.mtp: StaticMTPCache | None = None  # of the model's own drafts, made when they are first asked for
+
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens that fit into each row."""
+        return self.slots.size
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.slots.size
+
+    def note_tokens(self, count: int, packed: bool) -> None:
+        """Called once per forward. In a fixed step whoever makes it counts."""
+        if self.slots.index is None:
+            self.slots.seen += count
+            self.holds_packed_documents |= packed
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of positions seen so far, padding included; of the longest row."""
+        return self.slots.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Number of keys that `query_length` new positions may see, and the position of the first of them."""
+        return self.slots.seen + query_length, 0
+
+    def check_room(self, length: int) -> None:
+        """Refuse a whole call that does not fit.
+
+        Raises:
+            ValueError: naming what is there, what is new and how many fit.
+        """
+        seen, size = self.slots.seen, self.slots.size
+        if self.slots.ragged:
+            raise ValueError(
+                "`cache` holds rows of different lengths, as drafts left them: continue each row from a cache of its own."
+            )
+        if seen + length > size:
+            raise ValueError(
+                f"`cache` has a fixed size of {size} tokens: {seen} are there, and {length} more do not fit. Make one with "
+                f"`max_cache_len={seen + length}` or more, or leave `cache_implementation` out for a cache that grows."
+            )
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """As `HybridCache.crop`; all rows give back the same number."""
+        if isinstance(tokens_to_remove, Tensor):
+            if int(tokens_to_remove.min()) != int(tokens_to_remove.max()):
+                raise ValueError("`crop` of a fixed-size cache takes one number for all rows.")
+            tokens_to_remove = int(tokens_to_remove.max())
+        super().crop(tokens_to_remove)
+        self.slots.seen += tokens_to_remove
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.graphs.clear()  # the tensors have moved
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.graphs.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.graphs.clear()
+
+    def reset(self) -> None:
+        """Forget every token; nothing moves."""
+        super().reset()
+        self.slots.reset()
+        for layer in self.layers:
+            if isinstance(layer, StaticMamba2Layer):
+                layer.record_past, layer.read_ahead = False, None
+
+
+class StaticMTPCache(Cache):
+    """Keys and values of the MTP head's attention layers at fixed addresses; numbered behind the backbone's."""
+
+    def __init__(self, config: NemotronHConfig, max_cache_len: int):
+        self.slots = Slots(max_cache_len)
+        self._first_layer = config.num_hidden_layers
+        super().__init__(layers=[StaticAttentionLayer(self.slots) for _ in config.mtp_layers_block_type])
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        return super().update(key_states, value_states, layer_idx - self._first_layer, *args, **kwargs)
+
+    def note_tokens(self, count: int) -> None:
+        """Called once per whole application of the head."""
+        self.slots.seen += count
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of positions seen so far."""
+        return self.slots.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Number of keys that `query_length` new positions may see, and the position of the first of them."""
+        return self.slots.seen + query_length, 0
+
+    def reset(self) -> None:
+        """Forget every token; nothing moves."""
+        self.slots.reset()

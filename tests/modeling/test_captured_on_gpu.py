@@ -1,0 +1,140 @@
+"""Recorded steps on a GPU: token for token what running them gives, in float32 and, where it is decidable, in bfloat16."""
+
+import pytest
+import torch
+from nemotron_super import NemotronHForCausalLM, preset
+from nemotron_super.modeling import cuda_graphs
+from nemotron_super.modeling.captured_decoding import DecodeStep, borrow_cache
+from nemotron_super.modeling.static_cache import StaticHybridCache
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: CUDA graphs are recorded here"),
+]
+# Head and state sizes of the release, so that the compiled kernels serve.
+WIDTHS = {
+    "hybrid_override_pattern": "MEM*EME", "mamba_num_heads": 16, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8,
+    "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096,
+    "n_routed_experts": 32, "num_experts_per_tok": 4, "moe_latent_size": 128, "moe_intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 512, "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E",
+    "initializer_range": 0.1, "rescale_prenorm_residual": False,
+}  # fmt: skip
+WAYS = [{}, {"use_mtp": True, "num_assistant_tokens": 3}]
+
+
+@pytest.fixture(scope="module")
+def gpu_model():
+    """`gpu_model(dtype)`: random, the same weights in each dtype."""
+
+    def build(dtype):
+        torch.manual_seed(0)
+        return NemotronHForCausalLM(preset("tiny", **WIDTHS)).eval().to(dtype).cuda()
+
+    return build
+
+
+def ask(model, rows, length, new, **extra):
+    torch.manual_seed(length)
+    ids = torch.randint(3, 4096, (rows, length)).cuda()
+    mask = torch.ones_like(ids)
+    mask[1:, : length // 3] = 0
+    return model.generate(
+        ids.masked_fill(mask == 0, 0), attention_mask=mask, max_new_tokens=new, pad_token_id=0, **{"do_sample": False} | extra
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_float32(gpu_model, way, rows):
+    """Three prompts one after another: the later ones are replayed from their first token on."""
+    model = gpu_model(torch.float32)
+    for length in (9, 70, 33):
+        expected = ask(model, rows, length, 48)
+        found = ask(model, rows, length, 48, cache_implementation="static", **way)
+        assert found.equal(expected)
+    # Room for any of them, so that it is the cache just used.
+    cache = borrow_cache(model, rows, 70 + 47)
+    assert cache.graphs.reason is None and len(cache.graphs) > 0
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_replayed_is_what_runs(gpu_model, way, rows, monkeypatch):
+    """In bfloat16 too, a replayed step gives the tokens of the same step run without recording."""
+    model = gpu_model(torch.bfloat16)
+    found = ask(model, rows, 40, 64, cache_implementation="static", **way)
+    again = ask(model, rows, 40, 64, cache_implementation="static", **way)
+    monkeypatch.setattr(cuda_graphs, "why_not_recorded", lambda model: "not in this test")
+    expected = ask(model, rows, 40, 64, cache_implementation="static", **way)
+    assert found.equal(expected) and again.equal(expected)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_bfloat16(gpu_model, way):
+    """The same token as plain decoding wherever the two best differ by more than plain decoding's own noise.
+
+    Noise is measured, not assumed: the same text read in pieces of different lengths, which runs other kernels and other
+    orders of summation. Its largest difference bounds what decides a token either way; up to the first token that is closer
+    than twice that (two logits may each move), the texts must agree, and that must be most of the text.
+    """
+    model = gpu_model(torch.bfloat16)
+    decided = total = 0
+    for length in (9, 70, 33, 120):
+        plain = ask(model, 1, length, 64, return_dict_in_generate=True, output_logits=True)
+        ids = plain.sequences
+        with torch.no_grad():
+            readings = []
+            for piece in (ids.shape[1], 16, 5, 1):
+                cache, parts = model.model(ids[:, :1], use_cache=True).cache, []
+                for part in ids[:, 1:-1].split(piece, dim=1):
+                    parts.append(model(part, cache=cache).logits.float())
+                readings.append(torch.cat(parts, dim=1)[:, length - 2 :])
+        readings.append(torch.stack(plain.logits, dim=1))
+        readings = [r[:, -len(plain.logits) + 1 :] for r in readings]
+        noise = max(float((a - b).abs().max()) for a in readings for b in readings)
+        best = readings[-1].topk(2).values[0]
+        close = ((best[:, 0] - best[:, 1]) <= 2 * noise).nonzero()
+        # `readings` begin behind the first new token, which comes from the prompt's own call.
+        sure = 1 + (int(close[0]) if len(close) else len(best))
+        found = ask(model, 1, length, 64, cache_implementation="static", **way)
+        assert found[0, length : length + sure].equal(ids[0, length : length + sure])
+        decided, total = decided + sure, total + 64
+    print(f"{decided} of {total} tokens decided")
+    assert decided > 0.1 * total
+
+
+def test_sampling(gpu_model):
+    """The same seed gives the same text, and leaves the generator in the same place."""
+    model = gpu_model(torch.float32)
+    texts = []
+    for cache in (None, "static", "static"):
+        texts.append((ask(model, 2, 20, 40, do_sample=True, cache_implementation=cache), torch.rand(1, device="cuda")))
+    assert all(text.equal(texts[0][0]) and rand.equal(texts[0][1]) for text, rand in texts)
+
+
+def test_a_step_does_not_wait(gpu_model):
+    """Run without recording, under CUDA's own watch; recording a step that waits would fail by itself."""
+    model = gpu_model(torch.bfloat16)
+    with torch.no_grad():
+        cache = StaticHybridCache(model.config, 64)
+        token = model(torch.randint(3, 4096, (2, 9)).cuda(), cache=cache).logits[:, -1].argmax(-1)
+        step = DecodeStep(model, cache, 2, None)
+        for _ in range(3):
+            step(token)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step.compute(64)
+            step(token)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_long_text_keeps_few_graphs(gpu_model):
+    """2,000 tokens: one graph for each power of two, no memory beyond."""
+    model = gpu_model(torch.bfloat16)
+    ask(model, 1, 20, 2000, cache_implementation="static", eos_token_id=None)
+    before = torch.cuda.memory_allocated()
+    ask(model, 1, 35, 2000, cache_implementation="static", eos_token_id=None)
+    assert torch.cuda.memory_allocated() - before < 1 << 20
+    cache = borrow_cache(model, 1, 2000)
+    assert len(cache.graphs) == 4  # 256, 512, 1024, 2048
