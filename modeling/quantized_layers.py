@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..kernels_hub.reference.fp8 import dequantize_fp8
 from ..kernels_hub.reference.nvfp4 import BLOCK, dequantize_nvfp4
-from ..kernels_hub.reference.quantized_experts import fp8_experts, nvfp4_experts
-from ..kernels_hub.reference.quantized_linear import fp8_linear, nvfp4_linear, simulate_fp8, simulate_nvfp4
+from ..kernels_hub.reference.quantized_linear import simulate_fp8, simulate_nvfp4
+from ..kernels_hub.registry import fp8_experts, fp8_linear, nvfp4_experts, nvfp4_linear
 from .linear import NemotronHLinear
 
 
