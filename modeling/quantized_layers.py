@@ -1,12 +1,12 @@
 """Linear maps and routed experts whose frozen weights are stored as NVIDIA ModelOpt stores them, in NVFP4 or FP8.
 
-Activations stay in full precision (W4A16, W8A16) unless `simulate_activations` asks for the stored input scales to be applied,
-which gives the numerics of hardware that multiplies quantised operands. Gradients flow to the input, never to the weight.
+Activations stay in full precision (W4A16, W8A16) unless `quantize_activations` asks for products of quantised operands (W8A8,
+W4A4), or `simulate_activations` for their numerics on any hardware. Gradients flow to the input, never to the weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from ..kernels_hub.reference.fp8 import dequantize_fp8
 from ..kernels_hub.reference.nvfp4 import BLOCK, dequantize_nvfp4
 from ..kernels_hub.reference.quantized_linear import simulate_fp8, simulate_nvfp4
 from ..kernels_hub.registry import fp8_experts, fp8_linear, nvfp4_experts, nvfp4_linear
+from ..kernels_hub.scaled_linear import fp8_unsupported, nvfp4_unsupported, scaled_fp8_linear, scaled_nvfp4_linear
 from .linear import NemotronHLinear
 
 
@@ -30,6 +31,8 @@ class WeightFormat:
         linear: (x, *stored) -> x @ W^T.
         experts: (x, index, weights, up, down, input_scales) -> as in `kernels_hub/reference/quantized_experts.py`.
         simulate: (x, input_scale) -> x rounded as the hardware would.
+        scaled_linear: (x, *stored, input_scale) -> x @ W^T with x rounded, on hardware that multiplies such operands.
+        unsupported: (device, out, in) -> why `scaled_linear` cannot run there, or None.
         bits, group_size, divisor: for the configuration's JSON; a tensor's scale is its amax / divisor.
     """
 
@@ -39,6 +42,8 @@ class WeightFormat:
     linear: Callable[..., Tensor]
     experts: Callable[..., Tensor]
     simulate: Callable[[Tensor, Tensor], Tensor]
+    scaled_linear: Callable[..., Tensor]
+    unsupported: Callable[[torch.device, int, int], str | None]
     bits: int
     group_size: int | None
     divisor: float
@@ -65,6 +70,8 @@ FORMATS = {
         linear=nvfp4_linear,
         experts=nvfp4_experts,
         simulate=simulate_nvfp4,
+        scaled_linear=scaled_nvfp4_linear,
+        unsupported=nvfp4_unsupported,
         bits=4,
         group_size=BLOCK,
         divisor=6.0 * 448.0,
@@ -77,6 +84,8 @@ FORMATS = {
         linear=fp8_linear,
         experts=fp8_experts,
         simulate=simulate_fp8,
+        scaled_linear=scaled_fp8_linear,
+        unsupported=fp8_unsupported,
         bits=8,
         group_size=None,
         divisor=448.0,
@@ -143,15 +152,19 @@ class QuantizedLinear(_FeedsCache, nn.Linear):
         for name, tensor in weight_format.empty(out_features, in_features).items():
             self._store(name, tensor)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+        self.quantize_activations = False
 
     def stored(self) -> tuple[Tensor, ...]:
         """The weight and its scales, in the order the format's operations take them."""
         return tuple(getattr(self, name) for name in self.weight_format.stored)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.simulate_activations:
-            x = self.weight_format.simulate(x, self.input_scale)
-        out = self.weight_format.linear(x, *self.stored())
+        if self.quantize_activations:
+            out = self.weight_format.scaled_linear(x, *self.stored(), self.input_scale)
+        else:
+            if self.simulate_activations:
+                x = self.weight_format.simulate(x, self.input_scale)
+            out = self.weight_format.linear(x, *self.stored())
         return self._as_cached(out if self.bias is None else out + self.bias.to(out.dtype))
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
@@ -222,3 +235,36 @@ def simulate_activations(model: nn.Module, enabled: bool = True) -> None:
         raise ValueError("The model has no quantised layer whose activations could be simulated.")
     for layer in layers:
         layer.simulate_activations = enabled
+        if enabled and isinstance(layer, QuantizedLinear):
+            layer.quantize_activations = False
+
+
+def quantize_activations(model: nn.Module, formats: Sequence[str] = ("FP8",)) -> None:
+    """Let hardware multiply quantised operands (W8A8, W4A4): inputs of linear maps are rounded with their stored scales.
+
+    Routed experts keep their inputs in full precision. Calibrate the input scales first, if the checkpoint did not come with them.
+
+    Args:
+        formats: of which linear maps, "FP8" or "NVFP4" (needs Blackwell, never run there); those of others, and with `()`
+            all, take inputs in full precision again.
+
+    Raises:
+        ValueError: an unknown format; no linear map is in it; a device that cannot. Nothing is changed then.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    for wanted in formats:
+        if wanted not in FORMATS:
+            raise ValueError(f"Unknown format {wanted!r}: known are {', '.join(FORMATS)}.")
+        chosen = {name: layer for name, layer in layers.items() if layer.weight_format.name == wanted}
+        if not chosen:
+            raise ValueError(f"The model has no linear map in {wanted} whose inputs could be quantised.")
+        for name, layer in chosen.items():
+            reason = FORMATS[wanted].unsupported(layer.weight.device, layer.out_features, layer.in_features)
+            if reason is not None:
+                raise ValueError(
+                    f"The inputs of {name} cannot be quantised: {reason}. `simulate_activations` gives the same numerics anywhere."
+                )
+    for layer in layers.values():
+        layer.quantize_activations = layer.weight_format.name in formats
+        if layer.quantize_activations:
+            layer.simulate_activations = False

@@ -12,6 +12,7 @@ from nemotron_super import (
     NemotronHModel,
     NVFP4Config,
     preset,
+    quantize_activations,
     quantize_model,
     simulate_activations,
 )
@@ -392,3 +393,44 @@ def test_weights_of_zero(full, ids, tmp_path):
     assert experts.up_proj_weight_scale_2[0] == 1
     assert not experts.dequantize("up_proj", torch.float32)[0].any()
     assert all_logits(again, ids).isfinite().all()
+
+
+def test_products_of_quantised_operands(full, ids, relative):
+    """FP8 by FP8, which torch multiplies on a CPU too, is what simulating the activations gives; gradients flow."""
+    model = quantize_model(
+        full(mamba_num_heads=8, n_groups=1, ssm_state_size=4).float(), NVFP4Config(recipe="release")
+    )
+    plain = all_logits(model, ids)
+    simulate_activations(model)
+    for module in model.modules():
+        if isinstance(module, QuantizedExperts):
+            module.simulate_activations = False  # whose inputs `quantize_activations` leaves alone
+    simulated = all_logits(model, ids)
+    quantize_activations(model)
+    assert 1e-4 < relative(plain, simulated)
+    assert relative(all_logits(model, ids), simulated) < 1e-5
+    model(ids, labels=ids).loss.backward()
+    assert model.model.embeddings.weight.grad.abs().sum() > 0
+    quantize_activations(model, ())
+    assert all_logits(model, ids).equal(plain)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "formats", "message"),
+    [
+        ("release", ("FP4",), "Unknown format 'FP4': known are NVFP4, FP8"),
+        ("release", ("NVFP4",), "no linear map in NVFP4"),
+        (
+            "fp8",
+            ("FP8",),
+            r"inputs of model.layers.0.mixer.in_proj cannot be quantised: a weight of shape \(100, 32\)",
+        ),
+        ("nvfp4", ("NVFP4",), "'cpu' does not multiply FP4 operands"),
+    ],
+)
+def test_operands_that_cannot_be_multiplied(full, recipe, formats, message):
+    """Refused before anything is changed."""
+    model = quantize_model(full(), NVFP4Config(recipe=recipe))
+    with pytest.raises(ValueError, match=message):
+        quantize_activations(model, formats)
+    assert not any(getattr(module, "quantize_activations", False) for module in model.modules())
