@@ -185,7 +185,8 @@ class QuantizedExperts(_KeepsDtypes):
     """All routed experts of a layer, frozen and quantised, in place of `NemotronHExperts`.
 
     For NAME in `up_proj` and `down_proj`: codes in `NAME`, the rest in `NAME_weight_scale` and so on, each with a leading
-    axis of experts.
+    axis of experts. They may lie in another memory than the tokens: then the chosen experts alone are fetched, at each call,
+    packed as they are, which waits for the tokens' device to say which those are.
     """
 
     def __init__(self, num_experts: int, intermediate: int, width: int, weight_format: WeightFormat):
@@ -203,6 +204,8 @@ class QuantizedExperts(_KeepsDtypes):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         scales = (self.up_proj_input_scale, self.down_proj_input_scale) if self.simulate_activations else None
         up, down = self.stored("up_proj"), self.stored("down_proj")
+        if self.up_proj.device != hidden_states.device:
+            up, down, scales, top_k_index = _fetch(up, down, scales, top_k_index)
         return self.weight_format.experts(hidden_states, top_k_index, top_k_weights, up, down, scales)
 
     def dequantize(self, projection: str, dtype: torch.dtype) -> Tensor:
@@ -215,6 +218,49 @@ class QuantizedExperts(_KeepsDtypes):
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, format={self.weight_format.name}"
+
+
+def _fetch(up: tuple, down: tuple, scales: tuple | None, index: Tensor) -> tuple:
+    """The chosen experts' tensors on the device of `index`, and `index` (tokens, top_k) renumbered to go with them."""
+    chosen, renumbered = index.unique(return_inverse=True)
+    experts = chosen.tolist()
+
+    def fetched(stacked: Tensor) -> Tensor:
+        out = torch.empty(len(experts), *stacked.shape[1:], dtype=stacked.dtype, device=index.device)
+        for slot, expert in zip(out, experts, strict=True):
+            slot.copy_(stacked[expert], non_blocking=True)
+        return out
+
+    groups = (None if tensors is None else tuple(map(fetched, tensors)) for tensors in (up, down, scales))
+    return *groups, renumbered
+
+
+def offload_experts(model: nn.Module, layers: int | None = None) -> int:
+    """Keep quantised routed experts in CPU memory, pinned where there is a GPU, for a model that does not fit otherwise.
+
+    Each call then fetches the experts that its tokens chose: for one token of Super 68 MB a layer.
+
+    Args:
+        model: in place; moving it to a device afterwards moves the experts as well.
+        layers: how many sets of experts, counted from the last; all by default.
+
+    Returns:
+        Bytes that were moved.
+
+    Raises:
+        ValueError: `layers` is more than the model has quantised sets of experts, or less than 0.
+    """
+    sets = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
+    if not 0 <= (len(sets) if layers is None else layers) <= len(sets):
+        raise ValueError(f"`layers` is {layers}: the model has {len(sets)} quantised sets of experts.")
+    moved = 0
+    for experts in sets[len(sets) - (len(sets) if layers is None else layers) :]:
+        for parameter in experts.parameters():
+            moved += parameter.nbytes
+            parameter.data = parameter.data.cpu()
+            if torch.cuda.is_available():
+                parameter.data = parameter.data.pin_memory()
+    return moved
 
 
 def expert_tensor(projection: str, name: str) -> str:

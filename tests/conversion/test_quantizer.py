@@ -11,13 +11,14 @@ from nemotron_super import (
     NemotronHForSequenceClassification,
     NemotronHModel,
     NVFP4Config,
+    offload_experts,
     preset,
     quantize_activations,
     quantize_model,
     simulate_activations,
 )
 from nemotron_super.conversion.quantizer import install_empty, quantizable, resolve_recipe
-from nemotron_super.modeling.quantized_layers import QuantizedExperts, QuantizedLinear
+from nemotron_super.modeling.quantized_layers import QuantizedExperts, QuantizedLinear, _fetch
 from safetensors.torch import load_file, save_file
 
 MTP = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
@@ -434,3 +435,31 @@ def test_operands_that_cannot_be_multiplied(full, recipe, formats, message):
     with pytest.raises(ValueError, match=message):
         quantize_activations(model, formats)
     assert not any(getattr(module, "quantize_activations", False) for module in model.modules())
+
+
+@pytest.mark.parametrize("recipe", ["release", "fp8"])
+def test_fetched_experts(full, recipe):
+    """The chosen experts alone, renumbered, give what all of them give; so they may lie in another memory."""
+    model = quantize_model(full().float(), NVFP4Config(recipe=recipe))
+    experts = model.model.layers[1].mixer.experts
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(3, 16, generator=generator), torch.rand(3, 2, generator=generator)
+    index = torch.tensor([[5, 2], [2, 0], [5, 0]])
+    scales = experts.up_proj_input_scale, experts.down_proj_input_scale
+    for given in (None, scales):
+        up, down, fetched, renumbered = _fetch(experts.stored("up_proj"), experts.stored("down_proj"), given, index)
+        assert all(len(tensor) == 3 for tensor in (*up, *down)) and renumbered.tolist() == [[2, 1], [1, 0], [2, 0]]
+        found = experts.weight_format.experts(x, renumbered, weights, up, down, fetched)
+        experts.simulate_activations = given is not None
+        assert found.equal(experts(x, index, weights))
+
+
+def test_experts_in_cpu_memory(full):
+    model = quantize_model(full(), NVFP4Config(recipe="release"))
+    sets = [m for m in model.modules() if isinstance(m, QuantizedExperts)]
+    bytes_each = sum(p.nbytes for p in sets[0].parameters())
+    assert offload_experts(model, 0) == 0 and offload_experts(model, 1) == bytes_each
+    assert offload_experts(model) == len(sets) * bytes_each
+    for layers in (-1, len(sets) + 1):
+        with pytest.raises(ValueError, match=rf"`layers` is {layers}: the model has {len(sets)} quantised sets"):
+            offload_experts(model, layers)

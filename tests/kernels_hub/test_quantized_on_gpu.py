@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from nemotron_super import NVFP4Config, offload_experts, quantize_model
 from nemotron_super.kernels_hub import registry
 from nemotron_super.kernels_hub.reference.fp8 import dequantize_fp8, quantize_fp8
 from nemotron_super.kernels_hub.reference.nvfp4 import dequantize_nvfp4, quantize_nvfp4
+from nemotron_super.kernels_hub.reference.quantized_linear import simulate_fp8, simulate_nvfp4
 from nemotron_super.kernels_hub.registry import use_kernels
+from nemotron_super.kernels_hub.scaled_linear import scaled_fp8_linear, scaled_nvfp4_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -177,3 +180,45 @@ def test_unpacked_as_the_reference_does(name):
     with use_kernels("triton"):
         columns = getattr(registry, f"{name}_linear")(torch.eye(1024, device="cuda").bfloat16(), *packed).t()
     torch.testing.assert_close(columns, dequantize(*packed, torch.bfloat16), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("recipe", ["release", "nvfp4", "fp8"])
+def test_a_small_model(make_model, recipe):
+    """A whole model, prefill and decoding, with kernels and with the reference; then with its experts in CPU memory."""
+    sizes = {"hidden_size": 32, "moe_latent_size": 16, "moe_intermediate_size": 32}
+    model = quantize_model(make_model("MEM*E", scale=2.0, **sizes).bfloat16(), NVFP4Config(recipe=recipe)).cuda()
+    ids = torch.randint(3, 61, (2, 40), device="cuda")
+    logits = {}
+    packed = [op for op in registry.OPS if op.startswith(("nvfp4", "fp8"))]
+    with torch.no_grad():
+        for source in ("triton", "torch"):
+            with use_kernels(**dict.fromkeys(packed, source)):
+                logits[source] = model(ids).logits.double()
+                model.generate(ids[:, :5], max_new_tokens=4, min_new_tokens=4)
+        exact = model.float()(ids).logits.double()
+        model.bfloat16()
+        assert (logits["triton"] - exact).norm() <= 2 * (logits["torch"] - exact).norm() + 1e-5 * exact.norm()
+        if recipe != "nvfp4":
+            assert offload_experts(model) > 0
+            with use_kernels(**dict.fromkeys(packed, "triton")):
+                assert (model(ids).logits.double() - exact).norm() <= 2 * (logits["torch"] - exact).norm()
+
+
+def test_fp8_products():
+    """W8A8 on tensor cores against the product of the simulated operands, in float64."""
+    weight, x, input_scale = stored("fp8", normal(5376, 4096)), normal(100, 4096), torch.tensor(0.01, device="cuda")
+    out = scaled_fp8_linear(x, *weight, input_scale)
+    truth = simulate_fp8(x, input_scale).double() @ exact("fp8", weight).t()
+    assert (out.double() - truth).norm() <= 4e-3 * truth.norm()
+
+
+def test_fp4_products():
+    """W4A4 on Blackwell, where it can be run; elsewhere it says what it needs."""
+    weight, x = stored("nvfp4", normal(512, 1024)), normal(100, 1024)
+    input_scale = x.abs().amax().float() / 2688
+    if torch.cuda.get_device_capability() < (10, 0):
+        with pytest.raises(ValueError, match=r"does not multiply FP4 operands.*10.0"):
+            scaled_nvfp4_linear(x, *weight, input_scale)
+        return
+    truth = simulate_nvfp4(x.float(), input_scale).double() @ exact("nvfp4", weight).t()
+    assert (scaled_nvfp4_linear(x, *weight, input_scale).double() - truth).norm() <= 4e-3 * truth.norm()
