@@ -247,6 +247,18 @@ def test_cache_scales(saved, rewritten, tmp_path):
     assert not any("_scale" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize("value", [torch.nan, 0.0, -1.0])
+def test_damaged_cache_scale(rewritten, value):
+    names = {f"backbone.layers.2.mixer.{x}_proj.{x}_scale": torch.tensor(0.1) for x in "kv"}
+    bad = "backbone.layers.2.mixer.v_proj.v_scale"
+    scheme = {"dynamic": False, "num_bits": 8, "type": "float"}
+    folder = rewritten(
+        "release", lambda t: t.update(names | {bad: torch.tensor(value)}), lambda c: c.update(kv_cache_scheme=scheme)
+    )
+    with pytest.raises(ValueError, match=f"{bad}. It is damaged"):
+        NemotronHForCausalLM.from_pretrained(folder)
+
+
 def test_generates(saved, ids):
     model = NemotronHForCausalLM.from_pretrained(saved["release"], dtype=torch.float32)
     out = model.generate(ids[:1], max_new_tokens=5, do_sample=False)
@@ -379,6 +391,8 @@ def test_what_cannot_be_quantised(full, saved):
         quantize_model(full(tie_word_embeddings=True), NVFP4Config(quant_algo="FP8"))
     with pytest.raises(ValueError, match="'mps', which has no float8"):
         NemotronHForCausalLM.from_pretrained(saved["nvfp4"], device_map="mps")
+    with pytest.raises(ValueError, match="'mps', which has no float8"):
+        NemotronHForCausalLM.from_pretrained(saved["nvfp4"], device_map={"model": "cpu", "": "mps"})
     with pytest.raises(ValueError, match="no quantised layer"):
         simulate_activations(full())
 

@@ -52,12 +52,12 @@ def main() -> None:
             "out": "*bf16",
         }
         types |= {name: "i32" for name in ("vectors", "experts", "rows", "width", "depth_each")}
-        shapes = [(16, 64, 128, 4, False), (128, 128, 64, 8, False), (64, 64, 64, 4, True)]
-        for size, n, k, warps, transposed in shapes if (bits, capability) == (4, 90) else shapes[:1]:
+        shapes = [(16, 64, 128, False), (128, 128, 64, False), (128, 128, 64, True)]
+        for size, n, k, transposed in shapes if (bits, capability) == (4, 90) else shapes[:1]:
             constants = {"SHARED": 22, "GATHER": True, "STACKED": True, "TRANSPOSED": transposed, "BITS": bits}
             constants |= {"RELU2": True, "M": size, "N": n, "K": k}
             name = f"tiles {bits} {capability} {size}{' transposed' if transposed else ''}"
-            cases[name] = compiled(packed._tiles_kernel, types, constants, capability, num_warps=warps, num_stages=3)
+            cases[name] = compiled(packed._tiles_kernel, types, constants, capability, num_warps=4, num_stages=3)
         types = {
             "weight": "*u8",
             "block_scale": "*u8",

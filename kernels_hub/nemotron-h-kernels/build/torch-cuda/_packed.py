@@ -304,7 +304,7 @@ def tiles(
     rows, width, bits = shape_of(packed)
     codes, block_scale, scale = packed
     depth, outputs = (rows, width) if transposed else (width, rows)
-    splits, warps, n = 1, 4, 64
+    splits, n = 1, 64
     if groups is None:
         vectors, experts, shared, size = x.shape[0], 1, 1, max(16, triton.next_power_of_2(x.shape[0]))
         order = block_ends = expert_of = ends = x  # not looked at
@@ -315,8 +315,8 @@ def tiles(
         vectors, experts = order.numel(), ends.numel()
         block_ends, expert_of = blocks_of(ends, vectors, size)
         blocks = expert_of.numel()
-        if size >= 128:
-            warps, n = 8, 128
+        # With four warps two programs share a multiprocessor: one unpacks while the other multiplies.
+        n = 128 if size >= 64 else 64
     k = 64 if size >= 64 or transposed else 128
     depth_each = triton.cdiv(triton.cdiv(depth, k), splits) * k
     splits = triton.cdiv(depth, depth_each)
@@ -349,7 +349,7 @@ def tiles(
             size,
             n,
             k,
-            num_warps=warps,
+            num_warps=4,
             num_stages=3,
         )
         if splits > 1:

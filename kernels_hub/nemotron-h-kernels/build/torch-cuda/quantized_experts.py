@@ -24,9 +24,9 @@ def _matrices(codes: Tensor, block_scale: Tensor | None, scale: Tensor) -> Packe
 
 
 def _block(pairs: int, experts: int) -> int:
-    """Vectors in a block: about as many as an expert has."""
+    """Vectors in a block: somewhat more than an expert has on average, since a second block unpacks its weights again."""
     each = pairs // experts
-    return 16 if each <= 16 else 32 if each <= 32 else 64 if each <= 128 else 128
+    return 16 if each <= 12 else 32 if each <= 24 else 64 if each <= 48 else 128
 
 
 def _few_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Packed, down: Packed) -> Tensor:
