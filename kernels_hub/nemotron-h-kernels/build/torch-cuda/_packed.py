@@ -24,7 +24,7 @@ from ._launch import on
 # A stored matrix, or a stack of them: bytes (..., out, in) or (..., out, in / 2), block scales as uint8 or None, float32 scales.
 Packed = tuple[Tensor, Tensor | None, Tensor]
 
-_STREAM_WORDS = 64  # 64-bit words of a row in one step: a warp reads two for each of its threads
+_STREAM_WORDS = 1024  # 64-bit words in one step of a program: 64 bytes for each of its threads
 _FILL = 528  # programs that keep every multiprocessor of the largest GPUs busy, at four each
 
 
@@ -246,7 +246,7 @@ def stream(x: Tensor, which: Tensor | None, packed: Packed, shared: int = 1, rel
     if x.storage_offset() * x.element_size() % 16:
         x = x.clone()
     words = width * bits // 64
-    height = 16 if words * rows >= _FILL * 16 * _STREAM_WORDS or vectors > 1 else 8
+    height = 16 if rows * vectors >= 16 * _FILL else 8
     if out.numel():
         with on(x):
             _stream_kernel[(triton.cdiv(rows, height), vectors)](
@@ -263,7 +263,7 @@ def stream(x: Tensor, which: Tensor | None, packed: Packed, shared: int = 1, rel
                 bits,
                 relu2,
                 height,
-                min(_STREAM_WORDS, triton.next_power_of_2(words)),
+                min(_STREAM_WORDS // height, triton.next_power_of_2(words)),
                 num_warps=4,
             )
     return out
