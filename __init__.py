@@ -26,7 +26,7 @@ from .modeling.modeling_nemotron_h import (
     NemotronHModel,
     NemotronHPreTrainedModel,
 )
-from .modeling.quantized_layers import simulate_activations
+from .modeling.quantized_layers import offload_experts, quantize_activations, simulate_activations
 from .modeling.snapshot import load_snapshot, save_snapshot
 
 __version__ = "0.1.0"
@@ -43,7 +43,9 @@ __all__ = [
     "NemotronHPreTrainedModel",
     "calibrate",
     "load_snapshot",
+    "offload_experts",
     "preset",
+    "quantize_activations",
     "quantize_model",
     "save_snapshot",
     "simulate_activations",

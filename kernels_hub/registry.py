@@ -30,6 +30,10 @@ from torch import Tensor
 from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
 from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
 from .reference.moe_experts import moe_experts as _moe_experts
+from .reference.quantized_experts import fp8_experts as _fp8_experts
+from .reference.quantized_experts import nvfp4_experts as _nvfp4_experts
+from .reference.quantized_linear import fp8_linear as _fp8_linear
+from .reference.quantized_linear import nvfp4_linear as _nvfp4_linear
 from .reference.rms_norm import gated_rms_norm as _gated_rms_norm
 from .reference.rms_norm import rms_norm as _rms_norm
 from .reference.selective_state_update import selective_state_update as _selective_state_update
@@ -41,7 +45,7 @@ BUNDLE = Path(__file__).parent / "nemotron-h-kernels"
 SETTING = "NEMOTRON_SUPER_KERNELS"
 SOURCES = ("hub", "triton", "torch")
 # Bundled kernels that have only run in Triton's interpreter so far. They serve where they are forced, not by themselves.
-_INTERPRETED_ONLY: frozenset[str] = frozenset()
+_INTERPRETED_ONLY: frozenset[str] = frozenset({"nvfp4_linear", "fp8_linear", "nvfp4_experts", "fp8_experts"})
 _SERVED = (torch.bfloat16, torch.float32)
 
 
@@ -158,6 +162,44 @@ def _experts_limits(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down:
     return _dtype_of("x", x) or _dense_tail("up", up, 3) or _dense_tail("down", down, 3)
 
 
+def _packed_limits(x: Tensor, *matrices: tuple[Tensor, ...]) -> str | None:
+    """Of quantised weights, each with its scales behind it."""
+    for codes, *scales in matrices:
+        if codes.dtype == torch.float8_e4m3fn and codes.shape[-1] % 8:
+            return f"a weight has rows of {codes.shape[-1]}, the kernel serves FP8 in multiples of 8"
+        for tensor in (codes, *scales):
+            if not tensor.is_contiguous():
+                return (
+                    f"a weight's storage has shape {tuple(tensor.shape)} and strides {tensor.stride()}: not contiguous"
+                )
+        if codes.storage_offset() % 8:
+            return f"a weight begins at byte {codes.storage_offset()} of its storage, not at a multiple of 8"
+    return _dtype_of("x", x)
+
+
+def _nvfp4_linear_limits(x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor) -> str | None:
+    return _packed_limits(x, (packed, scale, global_scale))
+
+
+def _fp8_linear_limits(x: Tensor, weight: Tensor, scale: Tensor) -> str | None:
+    return _packed_limits(x, (weight, scale))
+
+
+def _packed_experts_limits(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: tuple[Tensor, ...],
+    down: tuple[Tensor, ...],
+    input_scales: tuple[Tensor, Tensor] | None = None,
+) -> str | None:
+    if input_scales is not None:
+        return "activations are simulated, which the kernel does not do"
+    if up[0].shape[0] > 32767:
+        return f"{up[0].shape[0]} experts, the kernel serves up to 32767"
+    return _packed_limits(x, up, down)
+
+
 class Op:
     """One op: call it with the arguments of its reference, and what serves best answers."""
 
@@ -203,6 +245,10 @@ gated_rms_norm = Op("gated_rms_norm", _gated_rms_norm, _gated_norm_limits)
 router_logits = Op("router_logits", _router_logits, _logits_limits)
 topk_routing = Op("topk_routing", _topk_routing, _routing_limits)
 moe_experts = Op("moe_experts", _moe_experts, _experts_limits)
+nvfp4_linear = Op("nvfp4_linear", _nvfp4_linear, _nvfp4_linear_limits)
+fp8_linear = Op("fp8_linear", _fp8_linear, _fp8_linear_limits)
+nvfp4_experts = Op("nvfp4_experts", _nvfp4_experts, _packed_experts_limits)
+fp8_experts = Op("fp8_experts", _fp8_experts, _packed_experts_limits)
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -216,6 +262,7 @@ OPS: dict[str, Op] = {
         router_logits,
         topk_routing,
         moe_experts,
+        *(nvfp4_linear, fp8_linear, nvfp4_experts, fp8_experts),
     )
 }
 
@@ -353,6 +400,8 @@ def _example(op: str, device: torch.device, dtype: torch.dtype) -> tuple:
 
     real = torch.float32
     index = t(2, 2, dtype=torch.int64)
+    byte, fp8 = torch.uint8, torch.float8_e4m3fn
+    routed = t(2, 16), index, t(2, 2, dtype=real)
     return {
         "causal_conv1d": (t(1, 4, 16), t(16, 4)),
         "causal_conv1d_update": (t(1, 16, 4), t(1, 16), t(16, 4)),
@@ -364,7 +413,19 @@ def _example(op: str, device: torch.device, dtype: torch.dtype) -> tuple:
         "gated_rms_norm": (t(2, 16), t(2, 16), t(16), 1e-5, 8),
         "router_logits": (t(2, 16), t(8, 16)),
         "topk_routing": (t(2, 8, dtype=real), t(8, dtype=real), 2),
-        "moe_experts": (t(2, 16), index, t(2, 2, dtype=real), t(8, 32, 16), t(8, 16, 32)),
+        "moe_experts": (*routed, t(8, 32, 16), t(8, 16, 32)),
+        "nvfp4_linear": (t(2, 16), t(8, 8, dtype=byte), t(8, 1, dtype=fp8), t(dtype=real)),
+        "fp8_linear": (t(2, 16), t(8, 16, dtype=fp8), t(dtype=real)),
+        "nvfp4_experts": (
+            *routed,
+            (t(8, 32, 8, dtype=byte), t(8, 32, 1, dtype=fp8), t(8, dtype=real)),
+            (t(8, 16, 16, dtype=byte), t(8, 16, 2, dtype=fp8), t(8, dtype=real)),
+        ),
+        "fp8_experts": (
+            *routed,
+            (t(8, 32, 16, dtype=fp8), t(8, dtype=real)),
+            (t(8, 16, 32, dtype=fp8), t(8, dtype=real)),
+        ),
     }[op]
 
 

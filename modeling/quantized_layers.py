@@ -1,12 +1,12 @@
 """Linear maps and routed experts whose frozen weights are stored as NVIDIA ModelOpt stores them, in NVFP4 or FP8.
 
-Activations stay in full precision (W4A16, W8A16) unless `simulate_activations` asks for the stored input scales to be applied,
-which gives the numerics of hardware that multiplies quantised operands. Gradients flow to the input, never to the weight.
+Activations stay in full precision (W4A16, W8A16) unless `quantize_activations` asks for products of quantised operands (W8A8,
+W4A4), or `simulate_activations` for their numerics on any hardware. Gradients flow to the input, never to the weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..kernels_hub.reference.fp8 import dequantize_fp8
 from ..kernels_hub.reference.nvfp4 import BLOCK, dequantize_nvfp4
-from ..kernels_hub.reference.quantized_experts import fp8_experts, nvfp4_experts
-from ..kernels_hub.reference.quantized_linear import fp8_linear, nvfp4_linear, simulate_fp8, simulate_nvfp4
+from ..kernels_hub.reference.quantized_linear import simulate_fp8, simulate_nvfp4
+from ..kernels_hub.registry import fp8_experts, fp8_linear, nvfp4_experts, nvfp4_linear
+from ..kernels_hub.scaled_linear import fp8_unsupported, nvfp4_unsupported, scaled_fp8_linear, scaled_nvfp4_linear
 from .linear import NemotronHLinear
 
 
@@ -30,6 +31,8 @@ class WeightFormat:
         linear: (x, *stored) -> x @ W^T.
         experts: (x, index, weights, up, down, input_scales) -> as in `kernels_hub/reference/quantized_experts.py`.
         simulate: (x, input_scale) -> x rounded as the hardware would.
+        scaled_linear: (x, *stored, input_scale) -> x @ W^T with x rounded, on hardware that multiplies such operands.
+        unsupported: (device, out, in) -> why `scaled_linear` cannot run there, or None.
         bits, group_size, divisor: for the configuration's JSON; a tensor's scale is its amax / divisor.
     """
 
@@ -39,6 +42,8 @@ class WeightFormat:
     linear: Callable[..., Tensor]
     experts: Callable[..., Tensor]
     simulate: Callable[[Tensor, Tensor], Tensor]
+    scaled_linear: Callable[..., Tensor]
+    unsupported: Callable[[torch.device, int, int], str | None]
     bits: int
     group_size: int | None
     divisor: float
@@ -65,6 +70,8 @@ FORMATS = {
         linear=nvfp4_linear,
         experts=nvfp4_experts,
         simulate=simulate_nvfp4,
+        scaled_linear=scaled_nvfp4_linear,
+        unsupported=nvfp4_unsupported,
         bits=4,
         group_size=BLOCK,
         divisor=6.0 * 448.0,
@@ -77,6 +84,8 @@ FORMATS = {
         linear=fp8_linear,
         experts=fp8_experts,
         simulate=simulate_fp8,
+        scaled_linear=scaled_fp8_linear,
+        unsupported=fp8_unsupported,
         bits=8,
         group_size=None,
         divisor=448.0,
@@ -143,15 +152,19 @@ class QuantizedLinear(_FeedsCache, nn.Linear):
         for name, tensor in weight_format.empty(out_features, in_features).items():
             self._store(name, tensor)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+        self.quantize_activations = False
 
     def stored(self) -> tuple[Tensor, ...]:
         """The weight and its scales, in the order the format's operations take them."""
         return tuple(getattr(self, name) for name in self.weight_format.stored)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.simulate_activations:
-            x = self.weight_format.simulate(x, self.input_scale)
-        out = self.weight_format.linear(x, *self.stored())
+        if self.quantize_activations:
+            out = self.weight_format.scaled_linear(x, *self.stored(), self.input_scale)
+        else:
+            if self.simulate_activations:
+                x = self.weight_format.simulate(x, self.input_scale)
+            out = self.weight_format.linear(x, *self.stored())
         return self._as_cached(out if self.bias is None else out + self.bias.to(out.dtype))
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
@@ -172,7 +185,8 @@ class QuantizedExperts(_KeepsDtypes):
     """All routed experts of a layer, frozen and quantised, in place of `NemotronHExperts`.
 
     For NAME in `up_proj` and `down_proj`: codes in `NAME`, the rest in `NAME_weight_scale` and so on, each with a leading
-    axis of experts.
+    axis of experts. They may lie in another memory than the tokens: then the chosen experts alone are fetched, at each call,
+    packed as they are, which waits for the tokens' device to say which those are.
     """
 
     def __init__(self, num_experts: int, intermediate: int, width: int, weight_format: WeightFormat):
@@ -190,6 +204,8 @@ class QuantizedExperts(_KeepsDtypes):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         scales = (self.up_proj_input_scale, self.down_proj_input_scale) if self.simulate_activations else None
         up, down = self.stored("up_proj"), self.stored("down_proj")
+        if self.up_proj.device != hidden_states.device:
+            up, down, scales, top_k_index = _fetch(up, down, scales, top_k_index)
         return self.weight_format.experts(hidden_states, top_k_index, top_k_weights, up, down, scales)
 
     def dequantize(self, projection: str, dtype: torch.dtype) -> Tensor:
@@ -202,6 +218,49 @@ class QuantizedExperts(_KeepsDtypes):
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, format={self.weight_format.name}"
+
+
+def _fetch(up: tuple, down: tuple, scales: tuple | None, index: Tensor) -> tuple:
+    """The chosen experts' tensors on the device of `index`, and `index` (tokens, top_k) renumbered to go with them."""
+    chosen, renumbered = index.unique(return_inverse=True)
+    experts = chosen.tolist()
+
+    def fetched(stacked: Tensor) -> Tensor:
+        out = torch.empty(len(experts), *stacked.shape[1:], dtype=stacked.dtype, device=index.device)
+        for slot, expert in zip(out, experts, strict=True):
+            slot.copy_(stacked[expert], non_blocking=True)
+        return out
+
+    groups = (None if tensors is None else tuple(map(fetched, tensors)) for tensors in (up, down, scales))
+    return *groups, renumbered
+
+
+def offload_experts(model: nn.Module, layers: int | None = None) -> int:
+    """Keep quantised routed experts in CPU memory, pinned where there is a GPU, for a model that does not fit otherwise.
+
+    Each call then fetches the experts that its tokens chose: for one token of Super 68 MB a layer.
+
+    Args:
+        model: in place; moving it to a device afterwards moves the experts as well.
+        layers: how many sets of experts, counted from the last; all by default.
+
+    Returns:
+        Bytes that were moved.
+
+    Raises:
+        ValueError: `layers` is more than the model has quantised sets of experts, or less than 0.
+    """
+    sets = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
+    if not 0 <= (len(sets) if layers is None else layers) <= len(sets):
+        raise ValueError(f"`layers` is {layers}: the model has {len(sets)} quantised sets of experts.")
+    moved = 0
+    for experts in sets[len(sets) - (len(sets) if layers is None else layers) :]:
+        for parameter in experts.parameters():
+            moved += parameter.nbytes
+            parameter.data = parameter.data.cpu()
+            if torch.cuda.is_available():
+                parameter.data = parameter.data.pin_memory()
+    return moved
 
 
 def expert_tensor(projection: str, name: str) -> str:
@@ -222,3 +281,36 @@ def simulate_activations(model: nn.Module, enabled: bool = True) -> None:
         raise ValueError("The model has no quantised layer whose activations could be simulated.")
     for layer in layers:
         layer.simulate_activations = enabled
+        if enabled and isinstance(layer, QuantizedLinear):
+            layer.quantize_activations = False
+
+
+def quantize_activations(model: nn.Module, formats: Sequence[str] = ("FP8",)) -> None:
+    """Let hardware multiply quantised operands (W8A8, W4A4): inputs of linear maps are rounded with their stored scales.
+
+    Routed experts keep their inputs in full precision. Calibrate the input scales first, if the checkpoint did not come with them.
+
+    Args:
+        formats: of which linear maps, "FP8" or "NVFP4" (needs Blackwell, never run there); those of others, and with `()`
+            all, take inputs in full precision again.
+
+    Raises:
+        ValueError: an unknown format; no linear map is in it; a device that cannot. Nothing is changed then.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    for wanted in formats:
+        if wanted not in FORMATS:
+            raise ValueError(f"Unknown format {wanted!r}: known are {', '.join(FORMATS)}.")
+        chosen = {name: layer for name, layer in layers.items() if layer.weight_format.name == wanted}
+        if not chosen:
+            raise ValueError(f"The model has no linear map in {wanted} whose inputs could be quantised.")
+        for name, layer in chosen.items():
+            reason = FORMATS[wanted].unsupported(layer.weight.device, layer.out_features, layer.in_features)
+            if reason is not None:
+                raise ValueError(
+                    f"The inputs of {name} cannot be quantised: {reason}. `simulate_activations` gives the same numerics anywhere."
+                )
+    for layer in layers.values():
+        layer.quantize_activations = layer.weight_format.name in formats
+        if layer.quantize_activations:
+            layer.simulate_activations = False

@@ -11,12 +11,14 @@ from nemotron_super import (
     NemotronHForSequenceClassification,
     NemotronHModel,
     NVFP4Config,
+    offload_experts,
     preset,
+    quantize_activations,
     quantize_model,
     simulate_activations,
 )
 from nemotron_super.conversion.quantizer import install_empty, quantizable, resolve_recipe
-from nemotron_super.modeling.quantized_layers import QuantizedExperts, QuantizedLinear
+from nemotron_super.modeling.quantized_layers import QuantizedExperts, QuantizedLinear, _fetch
 from safetensors.torch import load_file, save_file
 
 MTP = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
@@ -245,6 +247,18 @@ def test_cache_scales(saved, rewritten, tmp_path):
     assert not any("_scale" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize("value", [torch.nan, 0.0, -1.0])
+def test_damaged_cache_scale(rewritten, value):
+    names = {f"backbone.layers.2.mixer.{x}_proj.{x}_scale": torch.tensor(0.1) for x in "kv"}
+    bad = "backbone.layers.2.mixer.v_proj.v_scale"
+    scheme = {"dynamic": False, "num_bits": 8, "type": "float"}
+    folder = rewritten(
+        "release", lambda t: t.update(names | {bad: torch.tensor(value)}), lambda c: c.update(kv_cache_scheme=scheme)
+    )
+    with pytest.raises(ValueError, match=f"{bad}. It is damaged"):
+        NemotronHForCausalLM.from_pretrained(folder)
+
+
 def test_generates(saved, ids):
     model = NemotronHForCausalLM.from_pretrained(saved["release"], dtype=torch.float32)
     out = model.generate(ids[:1], max_new_tokens=5, do_sample=False)
@@ -377,6 +391,8 @@ def test_what_cannot_be_quantised(full, saved):
         quantize_model(full(tie_word_embeddings=True), NVFP4Config(quant_algo="FP8"))
     with pytest.raises(ValueError, match="'mps', which has no float8"):
         NemotronHForCausalLM.from_pretrained(saved["nvfp4"], device_map="mps")
+    with pytest.raises(ValueError, match="'mps', which has no float8"):
+        NemotronHForCausalLM.from_pretrained(saved["nvfp4"], device_map={"model": "cpu", "": "mps"})
     with pytest.raises(ValueError, match="no quantised layer"):
         simulate_activations(full())
 
@@ -392,3 +408,72 @@ def test_weights_of_zero(full, ids, tmp_path):
     assert experts.up_proj_weight_scale_2[0] == 1
     assert not experts.dequantize("up_proj", torch.float32)[0].any()
     assert all_logits(again, ids).isfinite().all()
+
+
+def test_products_of_quantised_operands(full, ids, relative):
+    """FP8 by FP8, which torch multiplies on a CPU too, is what simulating the activations gives; gradients flow."""
+    model = quantize_model(
+        full(mamba_num_heads=8, n_groups=1, ssm_state_size=4).float(), NVFP4Config(recipe="release")
+    )
+    plain = all_logits(model, ids)
+    simulate_activations(model)
+    for module in model.modules():
+        if isinstance(module, QuantizedExperts):
+            module.simulate_activations = False  # whose inputs `quantize_activations` leaves alone
+    simulated = all_logits(model, ids)
+    quantize_activations(model)
+    assert 1e-4 < relative(plain, simulated)
+    assert relative(all_logits(model, ids), simulated) < 1e-5
+    model(ids, labels=ids).loss.backward()
+    assert model.model.embeddings.weight.grad.abs().sum() > 0
+    quantize_activations(model, ())
+    assert all_logits(model, ids).equal(plain)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "formats", "message"),
+    [
+        ("release", ("FP4",), "Unknown format 'FP4': known are NVFP4, FP8"),
+        ("release", ("NVFP4",), "no linear map in NVFP4"),
+        (
+            "fp8",
+            ("FP8",),
+            r"inputs of model.layers.0.mixer.in_proj cannot be quantised: a weight of shape \(100, 32\)",
+        ),
+        ("nvfp4", ("NVFP4",), "'cpu' does not multiply FP4 operands"),
+    ],
+)
+def test_operands_that_cannot_be_multiplied(full, recipe, formats, message):
+    """Refused before anything is changed."""
+    model = quantize_model(full(), NVFP4Config(recipe=recipe))
+    with pytest.raises(ValueError, match=message):
+        quantize_activations(model, formats)
+    assert not any(getattr(module, "quantize_activations", False) for module in model.modules())
+
+
+@pytest.mark.parametrize("recipe", ["release", "fp8"])
+def test_fetched_experts(full, recipe):
+    """The chosen experts alone, renumbered, give what all of them give; so they may lie in another memory."""
+    model = quantize_model(full().float(), NVFP4Config(recipe=recipe))
+    experts = model.model.layers[1].mixer.experts
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(3, 16, generator=generator), torch.rand(3, 2, generator=generator)
+    index = torch.tensor([[5, 2], [2, 0], [5, 0]])
+    scales = experts.up_proj_input_scale, experts.down_proj_input_scale
+    for given in (None, scales):
+        up, down, fetched, renumbered = _fetch(experts.stored("up_proj"), experts.stored("down_proj"), given, index)
+        assert all(len(tensor) == 3 for tensor in (*up, *down)) and renumbered.tolist() == [[2, 1], [1, 0], [2, 0]]
+        found = experts.weight_format.experts(x, renumbered, weights, up, down, fetched)
+        experts.simulate_activations = given is not None
+        assert found.equal(experts(x, index, weights))
+
+
+def test_experts_in_cpu_memory(full):
+    model = quantize_model(full(), NVFP4Config(recipe="release"))
+    sets = [m for m in model.modules() if isinstance(m, QuantizedExperts)]
+    bytes_each = sum(p.nbytes for p in sets[0].parameters())
+    assert offload_experts(model, 0) == 0 and offload_experts(model, 1) == bytes_each
+    assert offload_experts(model) == len(sets) * bytes_each
+    for layers in (-1, len(sets) + 1):
+        with pytest.raises(ValueError, match=rf"`layers` is {layers}: the model has {len(sets)} quantised sets"):
+            offload_experts(model, layers)

@@ -72,3 +72,28 @@ def test_mixture_of_experts(ops, tokens):
     hidden = torch.einsum("tkiw,tw->tki", up.double()[index], x.double()).relu().square()
     expected = torch.einsum("tk,tkwi,tki->tw", weights.double(), down.double()[index], hidden)
     close(found, expected, 1e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 100])
+def test_packed_weights(ops, tokens):
+    x = rand(tokens, 64).bfloat16()
+    weight, scale = rand(96, 64).to(torch.float8_e4m3fn), torch.tensor(0.5, device="cuda")
+    close(ops.fp8_linear(x, weight, scale), x.double() @ weight.double().t() * 0.5, 1e-2)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], device="cuda").double()
+
+    def matrices(*shape):
+        codes = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8, device="cuda")
+        blocks = (rand(*shape[:-1], shape[-1] // 16).abs() + 0.1).to(torch.float8_e4m3fn)
+        wide = values[torch.stack((codes & 15, codes >> 4), -1).flatten(-2).long()]
+        scales = 0.1 + torch.rand(shape[:-2], device="cuda")
+        wide = wide * blocks.double().repeat_interleave(16, -1) * scales.double()[..., None, None]
+        return (codes, blocks, scales), wide
+
+    packed, wide = matrices(96, 64)
+    close(ops.nvfp4_linear(x, *packed), x.double() @ wide.t(), 1e-2)
+    (up, wide_up), (down, wide_down) = matrices(8, 96, 64), matrices(8, 64, 96)
+    weights, index = torch.rand(tokens, 2, device="cuda"), torch.rand(tokens, 8, device="cuda").topk(2).indices
+    with torch.no_grad():
+        found = ops.nvfp4_experts(x, index, weights, up, down)
+    hidden = torch.einsum("tkiw,tw->tki", wide_up[index], x.double()).relu().square()
+    close(found, torch.einsum("tk,tkwi,tki->tw", weights.double(), wide_down[index], hidden), 2e-2)

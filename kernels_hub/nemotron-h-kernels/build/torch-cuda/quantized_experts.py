@@ -1,0 +1,193 @@
+"""Routed experts whose frozen weights are in FP8 or NVFP4: down(relu(up(x))^2), weighted and summed over the chosen experts.
+
+Few tokens read each chosen expert as a stream, one program for a few rows of one token's one expert. Many are sorted by expert
+and multiplied in tiles, which unpack what they need. Nothing is unpacked in memory and nothing waits for the host. Gradients
+reach the tokens and their experts' weights; the backward multiplies by the same packed matrices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._launch import as_operator, on
+from ._packed import Packed, stream, tiles
+from .moe_experts import _between_products_kernel, _combine, _relu_squared, _sorted_pairs
+
+_FEW = (
+    16  # tokens up to which pairs rarely share an expert (of 512, top-22), so that each pair reads weights of its own
+)
+
+
+def _matrices(codes: Tensor, block_scale: Tensor | None, scale: Tensor) -> Packed:
+    return codes, None if block_scale is None else block_scale.view(torch.uint8), scale
+
+
+def _block(pairs: int, experts: int) -> int:
+    """Vectors in a block: somewhat more than an expert has on average, since a second block unpacks its weights again."""
+    each = pairs // experts
+    return 16 if each <= 12 else 32 if each <= 24 else 64 if each <= 48 else 128
+
+
+def _few_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Packed, down: Packed) -> Tensor:
+    tokens, top_k = index.shape
+    which = index.reshape(-1)
+    hidden = stream(x.contiguous(), which, up, shared=top_k, relu2=True)
+    return _combine(stream(hidden, which, down), None, weights, tokens, top_k, x)
+
+
+def _many_tokens(
+    x: Tensor, index: Tensor, weights: Tensor, up: Packed, down: Packed, keep_hidden: bool
+) -> tuple[Tensor, Tensor]:
+    """The output and, if kept, what the sorted pairs have before their activation."""
+    tokens, top_k = index.shape
+    order, inverse, ends = _sorted_pairs(index, up[0].shape[0])
+    size = _block(index.numel(), up[0].shape[0])
+    hidden = tiles(x.contiguous(), up, (order, ends, top_k, size), gather=True, relu2=not keep_hidden)
+    squared = _relu_squared(hidden, torch.empty_like(hidden)) if keep_hidden else hidden
+    y = tiles(squared, down, (order, ends, 1, size))
+    return _combine(y, inverse, weights, tokens, top_k, x), hidden
+
+
+@torch.library.custom_op("nemotron_h_kernels::quantized_experts", mutates_args=())
+def _experts_op(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_block_scale: Tensor | None,
+    up_scale: Tensor,
+    down: Tensor,
+    down_block_scale: Tensor | None,
+    down_scale: Tensor,
+) -> tuple[Tensor, Tensor]:
+    up_packed, down_packed = _matrices(up, up_block_scale, up_scale), _matrices(down, down_block_scale, down_scale)
+    return _many_tokens(x, index, weights, up_packed, down_packed, keep_hidden=True)
+
+
+@_experts_op.register_fake
+def _(x, index, weights, up, up_block_scale, up_scale, down, down_block_scale, down_scale):
+    return x.new_empty(x.shape), x.new_empty(index.shape[0] * index.shape[1], up.shape[1])
+
+
+@torch.library.custom_op("nemotron_h_kernels::quantized_experts_inference", mutates_args=())
+def _inference_op(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_block_scale: Tensor | None,
+    up_scale: Tensor,
+    down: Tensor,
+    down_block_scale: Tensor | None,
+    down_scale: Tensor,
+) -> Tensor:
+    return _inference(x, index, weights, (up, up_block_scale, up_scale), (down, down_block_scale, down_scale))
+
+
+@_inference_op.register_fake
+def _(x, index, weights, up, up_block_scale, up_scale, down, down_block_scale, down_scale):
+    return x.new_empty(x.shape)
+
+
+def _inference(x: Tensor, index: Tensor, weights: Tensor, up: tuple, down: tuple) -> Tensor:
+    up, down = _matrices(*up), _matrices(*down)
+    if x.shape[0] <= _FEW:
+        return _few_tokens(x, index, weights, up, down)
+    return _many_tokens(x, index, weights, up, down, keep_hidden=False)[0]
+
+
+@torch.library.custom_op("nemotron_h_kernels::quantized_experts_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    up_block_scale: Tensor | None,
+    up_scale: Tensor,
+    down: Tensor,
+    down_block_scale: Tensor | None,
+    down_scale: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor]:
+    tokens, top_k = index.shape
+    order, inverse, ends = _sorted_pairs(index, up.shape[0])
+    size = _block(index.numel(), up.shape[0])
+    pair_weights = weights.reshape(-1)[order]
+    down_packed, up_packed = _matrices(down, down_block_scale, down_scale), _matrices(up, up_block_scale, up_scale)
+    grad = grad.contiguous()
+    back = tiles(grad, down_packed, (order, ends, top_k, size), gather=True, transposed=True)
+    grad_hidden, grad_pairs = torch.empty_like(hidden), torch.empty_like(pair_weights)
+    pairs, inner = hidden.shape
+    if pairs:
+        with on(grad):
+            # Squares are for a gradient of `down`, which there is none of: they go where `back` has been read.
+            _between_products_kernel[(pairs,)](
+                hidden, back, pair_weights, back, grad_hidden, grad_pairs, inner, 1024, num_warps=4
+            )
+    grad_weights = torch.empty_like(grad_pairs)
+    grad_weights[order] = grad_pairs
+    grad_x = tiles(grad_hidden, up_packed, (order, ends, 1, size), transposed=True)
+    return _combine(grad_x, inverse, None, tokens, top_k, grad), grad_weights.view_as(weights)
+
+
+@_backward_op.register_fake
+def _(grad, index, weights, up, up_block_scale, up_scale, down, down_block_scale, down_scale, hidden):
+    return grad.new_empty(grad.shape), weights.new_empty(weights.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[1:], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx, grad, _):
+    grads = torch.ops.nemotron_h_kernels.quantized_experts_backward(grad, *ctx.saved_tensors)
+    return grads[0], None, grads[1], *(None,) * 6
+
+
+_experts_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _experts(x: Tensor, index: Tensor, weights: Tensor, up: tuple, down: tuple) -> Tensor:
+    if torch.is_grad_enabled():
+        return _experts_op(x, index, weights, *up, *down)[0]
+    if as_operator():
+        return _inference_op(x, index, weights, *up, *down)
+    return _inference(x, index, weights, up, down)
+
+
+def nvfp4_experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: tuple[Tensor, Tensor, Tensor],
+    down: tuple[Tensor, Tensor, Tensor],
+    input_scales: None = None,
+) -> Tensor:
+    """Weighted sum of the chosen experts' outputs, weights in NVFP4; differentiable in `x` and `weights`.
+
+    Args:
+        x: (tokens, width), bfloat16 or float32.
+        index: (tokens, top_k) int64, chosen experts; weights: (tokens, top_k) float32.
+        up: codes (experts, intermediate, width / 2) uint8, block scales (experts, intermediate, width / 16)
+            float8_e4m3fn, global scales (experts,) float32; all contiguous.
+        down: the same for (experts, width, intermediate).
+        input_scales: None; inputs are not rounded here.
+
+    Returns:
+        (tokens, width) in the dtype of x; the sum over experts is taken in float32.
+    """
+    return _experts(x, index, weights, up, down)
+
+
+def fp8_experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor],
+    input_scales: None = None,
+) -> Tensor:
+    """As `nvfp4_experts` with weights in FP8: float8_e4m3fn, rows of a multiple of 8, and (experts,) float32 scales."""
+    return _experts(x, index, weights, (up[0], None, up[1]), (down[0], None, down[1]))

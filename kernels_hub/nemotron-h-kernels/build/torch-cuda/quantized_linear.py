@@ -1,0 +1,85 @@
+"""x times the transpose of a frozen weight in FP8 or NVFP4, differentiable with respect to x.
+
+One vector reads the weight as a stream. Up to 64 read it once, in tiles; where a weight has few rows, several programs share the
+length of one. More vectors than that take longer than unpacking the weight, which is then left to cuBLAS; so is the backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._launch import as_operator, rows_of
+from ._packed import Packed, shape_of, stream, tiles, unpack
+
+_FEW = 64
+
+
+def _linear(x: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
+    packed: Packed = (weight, None if block_scale is None else block_scale.view(torch.uint8), scale)
+    rows = rows_of(x)
+    if rows.shape[0] == 1:
+        out = stream(rows.contiguous(), None, packed)
+    elif rows.shape[0] <= _FEW:
+        out = tiles(rows.contiguous(), packed)
+    else:
+        out = F.linear(rows, unpack(packed, x.dtype))
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+@torch.library.custom_op("nemotron_h_kernels::quantized_linear", mutates_args=())
+def _linear_op(x: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
+    return _linear(x, weight, block_scale, scale)
+
+
+@_linear_op.register_fake
+def _(x, weight, block_scale, scale):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("nemotron_h_kernels::quantized_linear_backward", mutates_args=())
+def _backward_op(grad: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
+    return grad @ unpack((weight, None if block_scale is None else block_scale.view(torch.uint8), scale), grad.dtype)
+
+
+@_backward_op.register_fake
+def _(grad, weight, block_scale, scale):
+    return grad.new_empty(*grad.shape[:-1], shape_of((weight, block_scale, scale))[1])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _autograd(ctx, grad):
+    return torch.ops.nemotron_h_kernels.quantized_linear_backward(grad, *ctx.saved_tensors), None, None, None
+
+
+_linear_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def nvfp4_linear(x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
+    """x @ W^T with W in NVFP4.
+
+    Args:
+        x: (..., in), bfloat16 or float32.
+        packed: (out, in / 2) uint8; scale: (out, in / 16) float8_e4m3fn; global_scale: () float32; all contiguous.
+
+    Returns:
+        (..., out) in the dtype of x.
+    """
+    return (_linear_op if as_operator() else _linear)(x, packed, scale, global_scale)
+
+
+def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x @ W^T with W in FP8.
+
+    Args:
+        x: (..., in), bfloat16 or float32; `in` a multiple of 8.
+        weight: (out, in) float8_e4m3fn, contiguous; scale: () float32.
+
+    Returns:
+        (..., out) in the dtype of x.
+    """
+    return (_linear_op if as_operator() else _linear)(x, weight, None, scale)

@@ -1,0 +1,92 @@
+"""The benchmarks of whole models at the release's mix, on a small model on a CPU: they run, and they measure what they say."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from nemotron_super import preset
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """`script(name)`: a benchmark's module."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    return importlib.import_module
+
+
+def test_super_on_one_gpu(script, monkeypatch):
+    module = script("super_on_one_gpu")
+    monkeypatch.setattr(module, "seconds", lambda work, device, repeats=3: [work(), 0.5][1])
+    counted = []
+    monkeypatch.setattr(module, "step_seconds", lambda *args, **options: counted.append(options) or 0.25)
+    found = module.main(
+        ["--preset", "tiny", "--device", "cpu", "--context", "40", "--new-tokens", "4", "--drafts", "3"]
+    )
+    assert found["prefill, tokens/s"] == 34 / 0.5 and found["plain, tokens/s"] == 4.0
+    assert found["tokens/s if all drafts were kept"] == 16.0
+    assert counted == [{}, {"use_mtp": True, "num_assistant_tokens": 3}]
+    # 5 Mamba layers and 6 mixtures: two projections each, and the experts of each mixture.
+    kinds = preset("tiny").layers_block_type
+    assert found["quantised modules"] == 2 * kinds.count("linear_attention") + 3 * kinds.count("moe")
+    assert 0.015 < found["weights, GB"] < 0.03
+
+
+def test_a_step_is_what_more_tokens_take(script, monkeypatch):
+    """Reading the prompt is subtracted, and with drafts it is steps that are counted, not tokens."""
+    module = script("super_on_one_gpu")
+    config = preset("tiny")
+    model = module.build(config, "release", "cpu")
+    prompt = torch.randint(3, config.vocab_size, (1, 5))
+    calls = {"n": 0}
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *a, **k: calls.update(n=calls["n"] + 1) or forward(*a, **k))
+
+    def seconds(work, device):
+        calls["n"] = 0
+        work()
+        return 10.0 + calls["n"] * 0.5  # half a second for a call of the backbone
+
+    monkeypatch.setattr(module, "seconds", seconds)
+    with torch.inference_mode():
+        assert module.step_seconds(model, prompt, 6, "cpu") == pytest.approx(0.5)
+        assert module.step_seconds(model, prompt, 6, "cpu", use_mtp=True, num_assistant_tokens=2) == pytest.approx(0.5)
+        out = model(prompt)
+    assert out.logits.isfinite().all() and out.logits.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--context", "60", "--new-tokens", "60"], "leaves no prompt"),
+        (["--offload-experts", "9"], "has 6 quantised sets"),
+    ],
+)
+def test_what_cannot_be_measured(script, arguments, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        script("super_on_one_gpu").main(["--preset", "tiny", "--device", "cpu", *arguments])
+    assert words in f"{error.value} {capsys.readouterr().err}"
+
+
+def test_slice_in_the_mix(script, monkeypatch, capsys):
+    module = script("slice_in_the_mix")
+    monkeypatch.setattr(module, "seconds", lambda work, device, repeats: [work(), 0.5][1])
+    batches = []
+    monkeypatch.setattr(module, "step_seconds", lambda model, prompt, *_: batches.append(prompt.shape) or 0.25)
+    runs = module.main(
+        ["--preset", "tiny", "--device", "cpu", "--prompt", "8", "--new-tokens", "2", "--prefill", "16"]
+    )
+    assert batches == [(1, 8), (8, 8)] * 2
+    for run in runs.values():
+        assert run["decode batch 1, ms"] == run["decode batch 8, ms"] == 250 and run["prefill 16, ms"] == 500
+    assert runs["release"]["weights, GB"] < 0.8 * runs["BF16"]["weights, GB"]
+    assert "at most 1.13" in capsys.readouterr().out
+
+
+def test_a_failure_is_part_of_the_table(script, monkeypatch, capsys):
+    """One thing that does not run does not lose the others."""
+    module = script("slice_in_the_mix")
+    monkeypatch.setattr(module, "seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr(module, "step_seconds", lambda *_, **__: [][0])
+    run = module.main(["--preset", "tiny", "--device", "cpu", "--prefill", "16"])["release"]
+    assert run["decode batch 8, ms"].startswith("IndexError") and run["prefill 16, ms"] == 500

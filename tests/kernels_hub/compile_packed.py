@@ -1,0 +1,88 @@
+"""Compile the kernels of packed weights for GPUs that are not there, and print what came out, as JSON.
+
+    python tests/kernels_hub/compile_packed.py          (with TRITON_INTERPRET unset)
+
+What Triton's interpreter accepts need not compile. Compiling needs no GPU: this finds the rest of the errors but those of speed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from nemotron_super.kernels_hub import registry
+from triton import compile as compile_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+INT_ALIGNED = ("rows", "width", "depth_each")
+
+
+def compiled(kernel, types: dict[str, str], constants: dict, capability: int, **options):
+    names = kernel.arg_names
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in types.items()
+        if kind.startswith("*") or name in INT_ALIGNED
+    }
+    signature = {name: types.get(name, "constexpr") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def main() -> None:
+    packed = sys.modules[f"{registry._bundle().__name__}._packed"]
+    cases = {}
+    for bits, capability in ((4, 90), (8, 90), (4, 80)):
+        words = "*i64"
+        types = {"x": words, "which": words, "weight": words, "block_scale": "*u8", "scale": "*fp32", "out": "*bf16"}
+        types |= {"rows": "i32", "words": "i32"}
+        constants = {"SHARED": 22, "STACKED": True, "BITS": bits, "RELU2": True, "R": 16, "W": 64}
+        cases[f"stream {bits} {capability}"] = compiled(
+            packed._stream_kernel, types, constants, capability, num_warps=4
+        )
+        types = {name: "*i32" for name in ("block_ends", "expert_of", "ends")}
+        types |= {
+            "x": "*bf16",
+            "order": words,
+            "weight": "*u8",
+            "block_scale": "*u8",
+            "scale": "*fp32",
+            "out": "*bf16",
+        }
+        types |= {name: "i32" for name in ("vectors", "experts", "rows", "width", "depth_each")}
+        shapes = [(16, 64, 128, False), (128, 128, 64, False), (128, 128, 64, True)]
+        for size, n, k, transposed in shapes if (bits, capability) == (4, 90) else shapes[:1]:
+            constants = {"SHARED": 22, "GATHER": True, "STACKED": True, "TRANSPOSED": transposed, "BITS": bits}
+            constants |= {"RELU2": True, "M": size, "N": n, "K": k}
+            name = f"tiles {bits} {capability} {size}{' transposed' if transposed else ''}"
+            cases[name] = compiled(packed._tiles_kernel, types, constants, capability, num_warps=4, num_stages=3)
+        types = {
+            "weight": "*u8",
+            "block_scale": "*u8",
+            "scale": "*fp32",
+            "out": "*bf16",
+            "rows": "i32",
+            "width": "i32",
+        }
+        constants = {"BITS": bits, "R": 16, "C": 256}
+        cases[f"unpack {bits} {capability}"] = compiled(
+            packed._unpack_kernel, types, constants, capability, num_warps=4
+        )
+    print(
+        json.dumps(
+            {
+                name: {
+                    "flushes": ".ftz" in kernel.asm["ptx"],
+                    "tensor cores": "mma" in kernel.asm["ptx"],
+                    "shared": kernel.metadata.shared,
+                }
+                for name, kernel in cases.items()
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
