@@ -8,6 +8,7 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
+from .fp8_cache import cache_scales
 from .linear import NemotronHLinear
 from .token_layout import TokenLayout
 
@@ -68,9 +69,9 @@ class NemotronHAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if cache is not None:
-            cached = cache.update(key, value, self.layer_idx)
-            # Packed documents never look back into the cache, so they attend to this call's keys as they are.
-            key, value = cached if layout.documents is None else (key, value)
+            cached = cache.update(key, value, self.layer_idx, **cache_scales(self.k_proj, self.v_proj))
+            # Packed documents never look back into the cache: they begin where it does.
+            key, value = (t if layout.documents is None else t[:, :, :length] for t in cached)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         kwargs |= {"dropout": self.config.attention_dropout if self.training else 0.0, "scaling": self.scaling}

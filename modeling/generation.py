@@ -208,7 +208,7 @@ def check_mtp_options(model, config: GenerationConfig, assistant_model) -> None:
         raise ValueError(f"`use_mtp` does not work with beam search: `num_beams` is {config.num_beams}, set it to 1.")
     if not config.use_cache:
         raise ValueError("`use_mtp` needs the cache: leave `use_cache` at True.")
-    if config.cache_implementation not in (None, "dynamic"):
+    if config.cache_implementation not in (None, "dynamic", "quantized"):
         raise ValueError(
             f"`use_mtp` takes tokens back from a dynamic cache: `cache_implementation` is {config.cache_implementation!r}."
         )

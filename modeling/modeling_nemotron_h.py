@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ..configuration.configuration_nemotron_h import NemotronHConfig
 from .attention import NemotronHAttention
 from .block import NemotronHBlock
 from .cache import HybridCache, check_cache
+from .fp8_cache import kv_dtype_of
 from .generation import check_mtp_options, generate_with_mtp
 from .latent_moe import NemotronHExperts, NemotronHTopkRouter
 from .linear import NemotronHLinear
@@ -449,11 +451,16 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         # generate() would make a plain DynamicCache, whose Mamba layers cannot select or repeat rows. And no cache of
         # transformers' knows its length without an attention layer.
         given = model_kwargs.get("cache")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        wanted, kv_dtype = generation_config, None
+        if given is None and wanted.use_cache and wanted.cache_implementation == "quantized":
+            kv_dtype = kv_dtype_of(wanted.cache_config)
+            wanted = copy.copy(wanted)
+            wanted.cache_implementation = None
+        super()._prepare_cache_for_generation(wanted, model_kwargs, *args, **kwargs)
         made = model_kwargs.get("cache")
         attends = "full_attention" in self.config.layers_block_type
         if given is None and made is not None and (type(made) is DynamicCache or not attends):
-            model_kwargs["cache"] = HybridCache(self.config, offloading=made.offloading)
+            model_kwargs["cache"] = HybridCache(self.config, offloading=made.offloading, kv_dtype=kv_dtype)
             if generation_config.is_assistant:
                 model_kwargs["cache"].activate_past_recording()
 
