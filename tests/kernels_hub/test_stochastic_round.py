@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nemotron_super.kernels_hub.reference.selective_state_update import selective_state_update
-from nemotron_super.kernels_hub.reference.stochastic_round import store_as, stochastic_round
+from nemotron_super.kernels_hub.reference.stochastic_round import stochastic_round, store_as
 
 DTYPES = [torch.bfloat16, torch.float16]
 every = pytest.mark.parametrize("dtype", DTYPES, ids=str)
