@@ -73,7 +73,8 @@ class NemotronHConfig(PreTrainedConfig):
         mtp_num_depths (`int`, defaults to 2): how many tokens ahead MTP is trained; one physical depth is applied
             repeatedly.
         mtp_loss_scaling_factor (`float`, defaults to 0.3): weight of the MTP loss, shared equally among the depths.
-        mamba_ssm_cache_dtype (`str`, defaults to `"float32"`): dtype in which the SSM state is cached.
+        mamba_ssm_cache_dtype (`str`, defaults to `"float32"`): dtype in which the SSM state is cached: `"bfloat16"`
+            and `"float16"` halve it and round stochastically, so that even greedy text depends on `torch.manual_seed`.
         residual_in_fp32 (`bool`, defaults to `False`): keep the residual stream in float32.
         rescale_prenorm_residual (`bool`, defaults to `True`): scale the initialisation of output projections by
             `1 / sqrt(number of layers)`.

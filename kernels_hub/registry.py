@@ -38,6 +38,7 @@ from .reference.rms_norm import gated_rms_norm as _gated_rms_norm
 from .reference.rms_norm import rms_norm as _rms_norm
 from .reference.selective_state_update import selective_state_update as _selective_state_update
 from .reference.ssd_chunk_scan import ssd_chunk_scan as _ssd_chunk_scan
+from .reference.stochastic_round import STOCHASTIC
 from .reference.topk_routing import router_logits as _router_logits
 from .reference.topk_routing import topk_routing as _topk_routing
 
@@ -123,6 +124,8 @@ def _state_update_limits(
 ) -> str | None:
     if torch.is_grad_enabled() and (x.requires_grad or dt.requires_grad or A.requires_grad):
         return "the one-token kernel has no gradient: call it under `torch.no_grad()`"
+    if state.dtype in STOCHASTIC:
+        return f"`state` is {state.dtype}, which has to be rounded stochastically; the kernel rounds to nearest"
     return _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 

@@ -10,6 +10,7 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
+from .fp8_cache import cache_scales
 from .linear import NemotronHLinear
 from .token_layout import TokenLayout
 
@@ -88,9 +89,9 @@ class NemotronHAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if cache is not None:
-            cached = cache.update(key, value, self.layer_idx)
-            # Packed documents never look back into the cache, so they attend to this call's keys as they are.
-            key, value = cached if layout.documents is None else (key, value)
+            cached = cache.update(key, value, self.layer_idx, **cache_scales(self.k_proj, self.v_proj))
+            # Packed documents never look back into the cache: they begin where it does.
+            key, value = (t if layout.documents is None else t[:, :, :length] for t in cached)
 
         if layout.slot_mask is not None:
             out = attend_to_slots(query, key, value, layout.slot_mask, self.scaling)

@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
+from .fp8_cache import FP8, Fp8CacheLayer
 
 # How many of the newest tokens a recorded past can take back.
 ROLLBACK_LIMIT = 64
@@ -123,13 +124,25 @@ class HybridCache(DynamicCache):
     Args:
         config: the model's configuration.
         offloading: keep attention keys and values in CPU memory between uses.
+        kv_dtype: None to keep keys and values as they are, or `torch.float8_e4m3fn` for half the memory. They are then rounded
+            with the scales of the checkpoint, if it has any. A checkpoint that has them does not get an FP8 cache
+            by itself: it would change the numbers of those who did not ask, as simulated activations would. In `generate`,
+            ask with `cache_implementation="quantized"`, or put that into the generation config.
+
+    Raises:
+        ValueError: another `kv_dtype`.
     """
 
-    def __init__(self, config: NemotronHConfig, offloading: bool = False):
+    def __init__(self, config: NemotronHConfig, offloading: bool = False, kv_dtype: torch.dtype | None = None):
+        if kv_dtype not in (None, FP8):
+            raise ValueError(f"`kv_dtype` is {kv_dtype}: give None for the model's own dtype, or {FP8}.")
         super().__init__(config=config, offloading=offloading)
+        self.kv_dtype = kv_dtype
         for index, kind in enumerate(config.layers_block_type):
             if kind == "linear_attention":
                 self.layers[index] = Mamba2CacheLayer()
+            elif kind == "full_attention" and kv_dtype is not None:
+                self.layers[index] = Fp8CacheLayer()
         self._has_attention = "full_attention" in config.layers_block_type
         self._tokens_seen = 0
         self.holds_packed_documents = False

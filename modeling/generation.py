@@ -197,10 +197,10 @@ def check_mtp_options(model, config: GenerationConfig, assistant_model) -> None:
         raise ValueError(f"`use_mtp` does not work with beam search: `num_beams` is {config.num_beams}, set it to 1.")
     if not config.use_cache:
         raise ValueError("`use_mtp` needs the cache: leave `use_cache` at True.")
-    if config.cache_implementation not in (None, "dynamic", "static"):
+    if config.cache_implementation not in (None, "dynamic", "static", "quantized"):
         raise ValueError(
             "`use_mtp` takes tokens back from a cache of our own: `cache_implementation` is "
-            f"{config.cache_implementation!r}, it may be 'dynamic' or 'static'."
+            f"{config.cache_implementation!r}, it may be 'dynamic', 'static' or 'quantized'."
         )
     if config.compile_config is not None:
         raise ValueError("`use_mtp` compiles nothing: leave `compile_config` out.")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
+from ..kernels_hub.reference.stochastic_round import store_as
 from ..kernels_hub.registry import causal_conv1d, causal_conv1d_update, selective_state_update, ssd_chunk_scan
 from .cache import ROLLBACK_LIMIT, Mamba2CacheLayer
 from .linear import NemotronHLinear
@@ -144,7 +145,7 @@ class NemotronHMamba2Mixer(nn.Module):
 
     def _store(self, cache: Cache, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor | None, Tensor | None]:
         cache.update_conv_state(conv_state, self.layer_idx, conv_kernel_size=self.conv_kernel)
-        cache.update_recurrent_state(ssm_state.to(self.cache_dtype), self.layer_idx)
+        cache.update_recurrent_state(store_as(ssm_state, self.cache_dtype), self.layer_idx)
         return cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
 
     def _sequence(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from .block import NemotronHBlock
 from .cache import HybridCache, check_cache
 from .captured_decoding import borrow_cache, sample_captured
 from .drafting import MOST_DEPTHS
+from .fp8_cache import kv_dtype_of
 from .generation import check_mtp_options, generate_with_mtp
 from .latent_moe import NemotronHExperts, NemotronHTopkRouter
 from .linear import NemotronHLinear
@@ -473,21 +475,25 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         # generate() would make a plain DynamicCache, whose Mamba layers cannot select or repeat rows. And no cache of
         # transformers' knows its length without an attention layer.
         given = model_kwargs.get("cache")
-        arguments = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        wanted, kv_dtype = generation_config, None
         # With a `compile_config` the fixed-size cache is transformers', and so is what compiles.
-        static = generation_config.cache_implementation == "static" and generation_config.compile_config is None
-        static = static and not generation_config.is_assistant  # whose caches must crop
-        if given is None and generation_config.use_cache and static:
-            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            tokens = max(max_cache_length, generation_config.max_cache_len or 0)
-            tokens += MOST_DEPTHS if generation_config.use_mtp else 0
+        static = wanted.cache_implementation == "static" and wanted.compile_config is None
+        static = static and not wanted.is_assistant  # whose caches must crop
+        if given is None and wanted.use_cache and static:
+            rows = batch_size * max(wanted.num_beams, wanted.num_return_sequences)
+            tokens = max(max_cache_length, wanted.max_cache_len or 0)
+            tokens += MOST_DEPTHS if wanted.use_mtp else 0
             model_kwargs["cache"] = borrow_cache(self, rows, tokens)
             return
-        super()._prepare_cache_for_generation(*arguments)
+        if given is None and wanted.use_cache and wanted.cache_implementation == "quantized":
+            kv_dtype = kv_dtype_of(wanted.cache_config)
+            wanted = copy.copy(wanted)
+            wanted.cache_implementation = None
+        super()._prepare_cache_for_generation(wanted, model_kwargs, generation_mode, batch_size, max_cache_length)
         made = model_kwargs.get("cache")
         attends = "full_attention" in self.config.layers_block_type
         if given is None and made is not None and (type(made) is DynamicCache or not attends):
-            model_kwargs["cache"] = HybridCache(self.config, offloading=made.offloading)
+            model_kwargs["cache"] = HybridCache(self.config, offloading=made.offloading, kv_dtype=kv_dtype)
             if generation_config.is_assistant:
                 model_kwargs["cache"].activate_past_recording()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels_hub.reference.fp8 import dequantize_fp8
 from ..kernels_hub.reference.nvfp4 import BLOCK, dequantize_nvfp4
+from ..kernels_hub.reference.quantized_experts import experts_with_low_rank
 from ..kernels_hub.reference.quantized_linear import simulate_fp8, simulate_nvfp4
 from ..kernels_hub.registry import fp8_experts, fp8_linear, nvfp4_experts, nvfp4_linear
 from ..kernels_hub.scaled_linear import fp8_unsupported, nvfp4_unsupported, scaled_fp8_linear, scaled_nvfp4_linear
@@ -193,8 +194,12 @@ class QuantizedExperts(_KeepsDtypes):
         super().__init__()
         self.num_experts, self.weight_format = num_experts, weight_format
         self.simulate_activations = False
-        for projection, shape in (("up_proj", (intermediate, width)), ("down_proj", (width, intermediate))):
-            for name, tensor in weight_format.empty(num_experts, *shape).items():
+        # Adapters, by projection, for as long as they wrap a call: see `training/packed_adapters.py`.
+        self.low_rank: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        shapes = {"up_proj": (intermediate, width), "down_proj": (width, intermediate)}
+        self.shapes = {name: (num_experts, *shape) for name, shape in shapes.items()}  # of what is packed
+        for projection, shape in self.shapes.items():
+            for name, tensor in weight_format.empty(*shape).items():
                 self._store(expert_tensor(projection, name), tensor)
 
     def stored(self, projection: str) -> tuple[Tensor, ...]:
@@ -204,8 +209,20 @@ class QuantizedExperts(_KeepsDtypes):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         scales = (self.up_proj_input_scale, self.down_proj_input_scale) if self.simulate_activations else None
         up, down = self.stored("up_proj"), self.stored("down_proj")
+        low_rank = self.low_rank
+        if nn.utils.parametrize.is_parametrized(self):
+            raise RuntimeError(
+                "The packed codes of quantised experts are parametrised, as PEFT does it for `target_parameters`: they are no "
+                "weights to add to. Make and load adapters with `add_lora`, `lora_config` and `load_lora` of training/lora.py."
+            )
         if self.up_proj.device != hidden_states.device:
-            up, down, scales, top_k_index = _fetch(up, down, scales, top_k_index)
+            up, down, scales, top_k_index, chosen = _fetch(up, down, scales, top_k_index)
+            low_rank = {name: [(a[chosen], b[chosen]) for a, b in pairs] for name, pairs in low_rank.items()}
+        if low_rank:
+            operations = self.weight_format.linear, self.weight_format.simulate
+            return experts_with_low_rank(
+                hidden_states, top_k_index, top_k_weights, up, down, scales, low_rank, *operations
+            )
         return self.weight_format.experts(hidden_states, top_k_index, top_k_weights, up, down, scales)
 
     def dequantize(self, projection: str, dtype: torch.dtype) -> Tensor:
@@ -221,7 +238,7 @@ class QuantizedExperts(_KeepsDtypes):
 
 
 def _fetch(up: tuple, down: tuple, scales: tuple | None, index: Tensor) -> tuple:
-    """The chosen experts' tensors on the device of `index`, and `index` (tokens, top_k) renumbered to go with them."""
+    """The chosen experts' tensors on the device of `index`, `index` (tokens, top_k) renumbered to go with them, and the chosen."""
     chosen, renumbered = index.unique(return_inverse=True)
     experts = chosen.tolist()
 
@@ -232,7 +249,7 @@ def _fetch(up: tuple, down: tuple, scales: tuple | None, index: Tensor) -> tuple
         return out
 
     groups = (None if tensors is None else tuple(map(fetched, tensors)) for tensors in (up, down, scales))
-    return *groups, renumbered
+    return *groups, renumbered, chosen
 
 
 def offload_experts(model: nn.Module, layers: int | None = None) -> int:

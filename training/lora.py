@@ -1,6 +1,6 @@
 """LoRA on every linear map and on the routed experts, through PEFT, with nothing left out unsaid.
 
-Experts are stacked parameters, so PEFT takes them as `target_parameters`. PEFT refuses `out_proj` of Mamba models by name,
+Experts are stacked parameters, so PEFT takes them as `target_parameters`, packed ones too (`packed_adapters.py`). PEFT refuses `out_proj` of Mamba models by name,
 because other implementations read its weight inside a fused kernel and would step around the adapter; here `out_proj` is
 always called as a module, so for this package's classes, and for them alone, that refusal is lifted (`allow_out_proj`).
 """
@@ -12,16 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import peft.tuners.tuners_utils as tuners_utils
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
+from ..conversion.quantization_config import NVFP4Config
+from ..conversion.quantizer import quantize_model
 from ..modeling.latent_moe import NemotronHExperts, NemotronHTopkRouter
 from ..modeling.linear import NemotronHLinear
 from ..modeling.modeling_nemotron_h import NemotronHPreTrainedModel
-from ..modeling.quantized_layers import CacheScaledLinear, QuantizedLinear
+from ..modeling.quantized_layers import CacheScaledLinear, QuantizedExperts, QuantizedLinear
+from .packed_adapters import adapt_packed_experts
 
 _EXPERT_TENSORS = ("up_proj", "down_proj")
-# Also over frozen quantised weights; quantised experts have no adapter, which `exclude=["experts"]` has to admit.
 _LINEAR = (nn.Linear, NemotronHLinear, QuantizedLinear, CacheScaledLinear)
 # Matrices that are no linear maps, or that training leaves to other means: a router is steered by its correction bias.
 _NOT_ADAPTED = (nn.Embedding, nn.Conv1d, NemotronHTopkRouter)
@@ -69,7 +71,7 @@ def lora_targets(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[list[st
         return not matching
 
     for name, module in model.named_modules():
-        if isinstance(module, NemotronHExperts):
+        if isinstance(module, NemotronHExperts | QuantizedExperts):
             parameters += [full for tensor in _EXPERT_TENSORS if wanted(full := f"{name}.{tensor}")]
         elif type(module) in _LINEAR:
             modules += [name] if wanted(name) else []
@@ -93,7 +95,9 @@ def lora_targets(model: nn.Module, exclude: Sequence[str] = ()) -> tuple[list[st
 def lora_config(
     model: nn.Module, r: int = 16, alpha: float = 32, exclude: Sequence[str] = (), **options
 ) -> LoraConfig:
-    """PEFT's configuration for adapters on every linear map and on the routed experts of `model`.
+    """PEFT's configuration for adapters on every linear map and on the routed experts of `model`, packed or not.
+
+    It goes to `get_peft_model` as it is; a file of it does not hold what packed experts need, so load with `load_lora`.
 
     Args:
         model: a `NemotronHForCausalLM`, unwrapped.
@@ -106,7 +110,8 @@ def lora_config(
     """
     modules, parameters = lora_targets(model, exclude)
     options.setdefault("task_type", "CAUSAL_LM")
-    return LoraConfig(r=r, lora_alpha=alpha, target_modules=modules, target_parameters=parameters, **options)
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=modules, target_parameters=parameters, **options)
+    return adapt_packed_experts(config)
 
 
 def add_lora(model: nn.Module, r: int = 16, alpha: float = 32, exclude: Sequence[str] = (), **options) -> PeftModel:
@@ -126,9 +131,14 @@ def add_lora(model: nn.Module, r: int = 16, alpha: float = 32, exclude: Sequence
 
 
 def load_lora(model: nn.Module, folder: Path | str, trainable: bool = False) -> PeftModel:
-    """`model` with the adapters that `save_pretrained` wrote to `folder`; `trainable` to go on training them."""
+    """`model` with the adapters that `save_pretrained` wrote to `folder`; `trainable` to go on training them.
+
+    The model may be quantised otherwise than the one that the adapters were trained over.
+    """
+    config = adapt_packed_experts(PeftConfig.from_pretrained(str(folder)))
+    config.inference_mode = not trainable
     with allow_out_proj():
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
 
 
 def adapted_names(model: PeftModel) -> set[str]:
@@ -142,17 +152,24 @@ def adapted_names(model: PeftModel) -> set[str]:
     return found
 
 
-def export_merged(model: PeftModel, folder: Path | str) -> nn.Module:
+def export_merged(
+    model: PeftModel, folder: Path | str, quantization_config: NVFP4Config | None = None
+) -> NemotronHPreTrainedModel:
     """Add the adapters into the weights, save the model in the published layout, and return it.
 
-    A quantised model is dequantised first: what is merged fits no packed weight. `quantize_model` packs it again.
+    A quantised model is dequantised first: what is merged fits no packed weight.
+
+    Args:
+        quantization_config: how to quantise what is merged before it is saved; by default it is saved in full precision.
 
     Raises:
-        ValueError: a merged weight that is not finite, from PEFT.
+        ValueError: a merged weight that is not finite, from PEFT; what `quantize_model` refuses.
     """
     base = model.get_base_model()
     if getattr(base, "hf_quantizer", None) is not None:
         base.dequantize()
     merged = model.merge_and_unload(safe_merge=True)
+    if quantization_config is not None:
+        merged = quantize_model(merged, quantization_config)
     merged.save_pretrained(folder)
     return merged

@@ -6,12 +6,17 @@ than one expert exists in full precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .quantized_linear import fp8_linear, nvfp4_linear, simulate_fp8, simulate_nvfp4
+
+# Pairs A, B of stacked factors: see `experts_with_low_rank`.
+LowRank = Sequence[tuple[Tensor, Tensor]]
 
 
 def _experts(
@@ -23,6 +28,7 @@ def _experts(
     input_scales: tuple[Tensor, Tensor] | None,
     linear: Callable[..., Tensor],
     simulate: Callable[[Tensor, Tensor], Tensor],
+    low_rank: Mapping[str, LowRank] = MappingProxyType({}),
 ) -> Tensor:
     tokens, top_k = index.shape
     if tokens == 0:
@@ -33,16 +39,22 @@ def _experts(
     # On a CPU in float32: oneDNN builds a kernel for every new shape in lower precision.
     work = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
     rows = x[order // top_k].to(work).split(counts)
+    # Cut up once: the gradient of a stack that is indexed anew for every expert would be as large as the stack, each time.
+    terms = {name: [(a.unbind(), b.unbind()) for a, b in pairs] for name, pairs in low_rank.items()}
+
+    def project(block: Tensor, expert: int, stored: Sequence[Tensor], scale: Tensor | None, name: str) -> Tensor:
+        rounded = block if scale is None else simulate(block, scale[expert])
+        out = linear(rounded, *(tensor[expert] for tensor in stored))
+        for a, b in terms.get(name, ()):
+            out = out + F.linear(F.linear(block, a[expert].to(block.dtype)), b[expert].to(block.dtype)).to(out.dtype)
+        return out
+
     outputs = []
+    up_scale, down_scale = (None, None) if input_scales is None else input_scales
     for expert, block in enumerate(rows):
-        if block.shape[0] == 0:
-            continue
-        if input_scales is not None:
-            block = simulate(block, input_scales[0][expert])
-        hidden = linear(block, *(stored[expert] for stored in up)).relu().square()
-        if input_scales is not None:
-            hidden = simulate(hidden, input_scales[1][expert])
-        outputs.append(linear(hidden, *(stored[expert] for stored in down)))
+        if block.shape[0]:
+            hidden = project(block, expert, up, up_scale, "up_proj").relu().square()
+            outputs.append(project(hidden, expert, down, down_scale, "down_proj"))
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     y = torch.cat(outputs)[inverse].view(tokens, top_k, -1)
@@ -83,3 +95,27 @@ def fp8_experts(
 ) -> Tensor:
     """As `nvfp4_experts` with weights (and simulated inputs) in FP8: float8_e4m3fn and (experts,) float32 scales."""
     return _experts(x, index, weights, up, down, input_scales, fp8_linear, simulate_fp8)
+
+
+def experts_with_low_rank(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    input_scales: tuple[Tensor, Tensor] | None,
+    low_rank: Mapping[str, LowRank],
+    linear: Callable[..., Tensor],
+    simulate: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """As `nvfp4_experts` in any format, each expert's matrices W with terms of low rank: W + the sum of B A.
+
+    The terms are taken on the tokens, so that nothing as large as the experts is built; they see inputs that are not rounded.
+
+    Args:
+        low_rank: for "up_proj" and "down_proj", as far as they have any: pairs of A (experts, rank, in) and B (experts, out,
+            rank). Differentiable in them.
+        linear: (x, *stored of one expert) -> x @ W^T.
+        simulate: (x, scale) -> x rounded; used where `input_scales` are given.
+    """
+    return _experts(x, index, weights, up, down, input_scales, linear, simulate, low_rank)

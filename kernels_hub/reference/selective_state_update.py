@@ -10,12 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .stochastic_round import store_as
+
 
 def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     """Advance `state` in place by one token and return its output.
 
     Args:
-        state: (batch, heads, head_dim, state_size); updated in place, in its own dtype.
+        state: (batch, heads, head_dim, state_size); updated in place, in its own dtype; one of 16 bits is
+            rounded stochastically.
         x: (batch, heads, head_dim).
         dt: (batch, heads), float32, after softplus; 0 leaves the state as it is (padding).
         A: (heads,), negative, float32.
@@ -39,5 +42,5 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
     )
     y = torch.linalg.vecdot(flat, C.to(work).reshape(batch * groups, 1, state_size)).view(batch, heads, head_dim)
     if new is not state:
-        state.copy_(new)
+        state.copy_(store_as(new, state.dtype))
     return torch.addcmul(y, x_work, D.to(work).unsqueeze(-1)).to(x.dtype)

@@ -19,7 +19,12 @@ def test_super_on_one_gpu(script, monkeypatch):
     module = script("super_on_one_gpu")
     monkeypatch.setattr(module, "seconds", lambda work, device, repeats=3: [work(), 0.5][1])
     counted = []
-    monkeypatch.setattr(module, "step_seconds", lambda *args, **options: counted.append(options) or 0.25)
+
+    def noted(*args, **options):
+        counted.append(options)
+        return 0.25
+
+    monkeypatch.setattr(module, "step_seconds", noted)
     found = module.main(
         ["--preset", "tiny", "--device", "cpu", "--context", "40", "--new-tokens", "4", "--drafts", "3"]
     )
@@ -72,7 +77,12 @@ def test_slice_in_the_mix(script, monkeypatch, capsys):
     module = script("slice_in_the_mix")
     monkeypatch.setattr(module, "seconds", lambda work, device, repeats: [work(), 0.5][1])
     batches = []
-    monkeypatch.setattr(module, "step_seconds", lambda model, prompt, *_: batches.append(prompt.shape) or 0.25)
+
+    def noted(model, prompt, *_):
+        batches.append(prompt.shape)
+        return 0.25
+
+    monkeypatch.setattr(module, "step_seconds", noted)
     runs = module.main(
         ["--preset", "tiny", "--device", "cpu", "--prompt", "8", "--new-tokens", "2", "--prefill", "16"]
     )

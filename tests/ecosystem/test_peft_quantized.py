@@ -4,7 +4,6 @@ import pytest
 import torch
 from nemotron_super import NemotronHForCausalLM, NVFP4Config, quantize_model
 from nemotron_super.modeling.quantized_layers import QuantizedExperts, QuantizedLinear
-from nemotron_super.training import lora
 from nemotron_super.training.lora import export_merged
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
@@ -144,29 +143,3 @@ def test_merging(quantized, ids, tmp_path, relative):
     again = NemotronHForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     assert again(ids).logits.equal(merged(ids).logits)
     assert relative(again(ids).logits, expected) < 0.5
-
-
-def test_every_linear_map_but_the_packed_experts(quantized, ids, tmp_path):
-    """`training/lora.py` finds packed linear maps as it finds others, and does not pass over packed experts in silence."""
-    model = quantized("release")
-    with pytest.raises(
-        ValueError, match=r"layers.1.mixer.experts.up_proj: no adapter is known for a QuantizedExperts"
-    ):
-        lora.add_lora(model, r=4)
-    model = quantized("release")
-    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    adapted = lora.add_lora(model, r=4, exclude=["model.layers.1.mixer.experts", "model.layers.5.mixer.experts"])
-    parameters = {f"mtp.layers.1.mixer.experts.{name}_proj" for name in ("up", "down")}
-    assert lora.adapted_names(adapted) == linears | parameters
-    assert any(n.endswith("mixer.out_proj") and isinstance(m.base_layer, QuantizedLinear) for n, m in tuned(adapted))
-    _, found = gradients(adapted, ids)
-    assert all(".lora_" in n for n in found) and all(g.isfinite().all() for g in found.values())
-    adapted.save_pretrained(tmp_path)
-    again = lora.load_lora(quantized("release"), tmp_path)
-    with torch.no_grad():
-        assert again.eval()(ids).logits.equal(adapted.eval()(ids).logits)
-
-
-def tuned(model):
-    """Modules with an adapter, by the name of the model without PEFT."""
-    return [(n, m) for n, m in model.get_base_model().named_modules() if hasattr(m, "base_layer")]

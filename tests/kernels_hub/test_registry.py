@@ -92,6 +92,11 @@ def test_a_context_gives_back_after_an_error():
             ["`state` has strides", "contiguous"],
         ),
         (
+            "selective_state_update",
+            (torch.ones(1, 2, 4, 4).half(), torch.ones(1, 2, 4), *[torch.ones(1, 2), -torch.ones(2)], *[torch.ones(1, 1, 4)] * 2, torch.ones(2)),
+            ["`state` is torch.float16", "stochastically"],
+        ),
+        (
             "ssd_chunk_scan",
             (torch.ones(1, 4, 2, 80), *[torch.ones(1, 4, 2), -torch.ones(2)], *[torch.ones(1, 4, 1, 8)] * 2, torch.ones(2)),
             ["head_dim 80", "64 and 128"],

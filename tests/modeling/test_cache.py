@@ -113,6 +113,24 @@ def test_a_coarser_state_costs_little(dtype, make_model, relative):
     assert relative(logits, model(ids, use_cache=False).logits) < 0.05
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@torch.no_grad()
+def test_a_coarser_state_is_rounded_at_random(dtype, make_model):
+    """Behind a prompt and behind every token; the same seed gives the same text, float32 needs none."""
+    ids = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(0))
+
+    def states(model, seed, cuts):
+        torch.manual_seed(seed)
+        cache = in_calls(model, ids, cuts)[1]
+        return torch.stack([layer.recurrent_states[0] for layer in cache.layers if hasattr(layer, "recurrent_states")])
+
+    coarse, exact = make_model("MEM", mamba_ssm_cache_dtype=dtype), make_model("MEM")
+    for cuts in ((), range(6, 12)):
+        assert states(coarse, 0, cuts).equal(states(coarse, 0, cuts))
+        assert not states(coarse, 0, cuts).equal(states(coarse, 1, cuts))
+        assert states(exact, 0, cuts).equal(states(exact, 1, cuts))
+
+
 @torch.no_grad()
 def test_time_steps_far_below_time_step_min(make_model, relative):
     """`time_step_min` is for initialisation: neither prefill nor decoding may clamp to it."""

@@ -111,7 +111,9 @@ def test_the_refusal_is_lifted_for_our_models_only(model):
 @pytest.mark.parametrize("target", ["out_proj", "in_proj"])
 def test_mamba_projections_on_every_path(make_model, ids, target):
     """With gradients, without, in segments, token by token and packed: each gives the merged model's logits."""
-    everything = {name.rpartition(".")[2] for name, m in make_model("ME*-").named_modules() if isinstance(m, nn.Linear)}
+    everything = {
+        name.rpartition(".")[2] for name, m in make_model("ME*-").named_modules() if isinstance(m, nn.Linear)
+    }
     model = make_model("ME*-")
     before = model(ids, use_cache=False).logits
     peft_model = randomized(
@@ -191,16 +193,10 @@ def test_bfloat16_base(make_model, ids):
 
 
 def test_over_quantised_weights(make_model, ids, relative, tmp_path):
-    """Every linear map, quantised or not; packed experts have no adapter, and that must be said. Merged in full precision."""
+    """Every linear map and the routed experts, quantised or not: named as over full precision, and merged there."""
     sizes = {"hidden_size": 32, "moe_latent_size": 16, "moe_intermediate_size": 32, "intermediate_size": 48}
-    quantized = quantize_model(make_model("ME*-", **MTP, **sizes), NVFP4Config(recipe="nvfp4"))
-    with pytest.raises(
-        ValueError, match=r"QuantizedExperts; it would be left out\. Say so with exclude=\['experts'\]"
-    ):
-        add_lora(quantized, r=2)
-    peft_model = randomized(quantized, exclude=["experts"])
-    linears = {n for n, m in make_model("ME*-", **MTP, **sizes).named_modules() if isinstance(m, nn.Linear)}
-    assert adapted_names(peft_model) == linears
+    peft_model = randomized(quantize_model(make_model("ME*-", **MTP, **sizes), NVFP4Config(recipe="nvfp4")))
+    assert adapted_names(peft_model) == adapted_names(randomized(make_model("ME*-", **MTP, **sizes)))
     peft_model.train()(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for name, p in peft_model.named_parameters() if "lora_" in name)
     expected = all_logits(peft_model.eval(), ids)
