@@ -166,6 +166,13 @@ class NemotronTrainer(Trainer):
             self._counts += torch.tensor([count, pairs], dtype=torch.float64)
         return batches, items
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As `Trainer`'s, which would take one more step after resuming from the checkpoint of the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """As `Trainer`'s; keeps the parts of the loss for the logs, and refuses to go on from one that is not finite."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
