@@ -43,7 +43,7 @@ class HeldOut:
         return self.loss / math.log(2) / bytes_per_token
 
 
-@torch.inference_mode()
+@torch.no_grad()  # what inference mode leaves behind in a sharded model cannot be trained on
 def evaluate_windows(
     model: nn.Module,
     windows: Dataset | Sequence[dict],

@@ -138,7 +138,8 @@ class NemotronTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay on matrices only: not on norms, biases, or the state-space parameters of each head."""
-        return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
+        # DeepSpeed's third stage leaves empty parameters that know their shapes.
+        return [n for n, p in model.named_parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """As `Trainer`'s, with the conversations of all accumulated batches and ranks counted where they are the items."""

@@ -92,7 +92,7 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments = TrainingArguments(
         str(options.output), max_steps=options.steps, per_device_train_batch_size=options.batch,
-        gradient_accumulation_steps=options.accumulation, learning_rate=3e-3, logging_steps=1, save_steps=5,
+        gradient_accumulation_steps=options.accumulation, learning_rate=3e-3, weight_decay=0.1, logging_steps=1, save_steps=5,
         save_strategy="steps" if options.distributed is None else "no", report_to=[], use_cpu=True, disable_tqdm=True,
         seed=0, remove_unused_columns=False, ddp_find_unused_parameters=False, deepspeed=options.deepspeed,
     )  # fmt: skip
