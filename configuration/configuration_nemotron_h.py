@@ -106,6 +106,8 @@ class NemotronHConfig(PreTrainedConfig):
         "layers.*.mixer.experts.down_proj": "grouped_gemm",
         "layers.*.mixer.experts": "ep_dispatch_experts",
     }
+    # The head's weight is read outside its module, so it and the embeddings belong to the root.
+    base_model_fsdp_plan = {"layers.*": "free_full_weight"}  # noqa: RUF012
 
     vocab_size: int = 131072
     hidden_size: int = 4096

@@ -80,6 +80,9 @@ class NemotronHExperts(nn.Module):
             raise ValueError(f"`mlp_hidden_act` is {config.mlp_hidden_act!r}: routed experts know 'relu2' only.")
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if getattr(self, "_is_expert_parallel", False):
+            # transformers marks a choice of another rank's expert by the index behind the last, with weight 0.
+            top_k_index = top_k_index.clamp(max=self.num_experts - 1)
         # Under autocast the tokens come in the lower precision and the weights do not.
         up, down = self.up_proj.to(hidden_states.dtype), self.down_proj.to(hidden_states.dtype)
         return moe_experts(hidden_states, top_k_index, top_k_weights, up, down)

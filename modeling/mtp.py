@@ -47,6 +47,13 @@ class NemotronHMTPBlock(GradientCheckpointingLayer):
 class NemotronHMTP(nn.Module):
     """All physical depths of the MTP head, flat."""
 
+    # The backbone's plans are its configuration's; transformers collects these of a model's parts.
+    _ep_plan = NemotronHConfig.base_model_ep_plan
+    _tp_plan = {  # noqa: RUF012
+        name: how for name, how in NemotronHConfig.base_model_tp_plan.items() if name.startswith("layers.")
+    }
+    _fsdp_plan = NemotronHConfig.base_model_fsdp_plan
+
     def __init__(self, config: NemotronHConfig):
         super().__init__()
         kinds = config.mtp_layers_block_type

@@ -83,7 +83,9 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
     conversions = load_config.weight_mapping or []
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
+    # What DeepSpeed's third stage has partitioned is empty here, and knows its shape.
+    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in own.items()}
     base = model.base_model is model
     stacks: dict[str, dict[int, str]] = {}
     wrong = []
@@ -91,7 +93,7 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
         name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
         if name not in own:
             continue
-        expected = tuple(own[name].shape)
+        expected = shapes[name]
         if converter is not None:
             expert = apply_renamings(key, renamings).rpartition(".experts.")[2].partition(".")[0]
             if not expert.isdecimal():
@@ -104,7 +106,7 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
 
     lost, surplus = [], []
     for name, found in stacks.items():
-        count = own[name].shape[0]
+        count = shapes[name][0]
         lost += [published_name(name, base, expert) for expert in range(count) if expert not in found]
         surplus += [key for expert, key in sorted(found.items()) if expert >= count]
     if lost:

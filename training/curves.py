@@ -45,7 +45,7 @@ def draw_curves(log: Mapping, evaluation: Mapping, folder: Path | str) -> None:
 
 
 def draw_run(log: Sequence[Mapping], expert_share: Mapping[str, Sequence[float]] | None, folder: Path | str) -> None:
-    """Write `loss.png` and, given held-out loads, `expert_load.png` to `folder`.
+    """Write `loss.png` and, given loads, `expert_load.png` to `folder`.
 
     Args:
         log: the trainer's log history, of a `NemotronTrainer`.
@@ -79,7 +79,7 @@ def _draw_expert_load(expert_share: Mapping[str, Sequence[float]], path: Path) -
     for name, share in expert_share.items():
         axes.plot([len(share) * part for part in share], marker=".", lw=0.8, label=name.removesuffix(".mixer.gate"))
     axes.axhline(1, color="grey", lw=0.8)
-    axes.set(title="held-out load of each expert, busiest first", xlabel="expert", ylabel="load over average")
+    axes.set(title="load of each expert, busiest first", xlabel="expert", ylabel="load over average")
     axes.set_ylim(0, None)
     axes.legend(fontsize="small")
     _save(figure, path)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..modeling.token_layout import TokenLayout
-from .load_balancing import RouterLoads
+from .load_balancing import RouterLoads, sorted_share
 
 
 @dataclass
@@ -43,7 +43,7 @@ class HeldOut:
         return self.loss / math.log(2) / bytes_per_token
 
 
-@torch.inference_mode()
+@torch.no_grad()  # what inference mode leaves behind in a sharded model cannot be trained on
 def evaluate_windows(
     model: nn.Module,
     windows: Dataset | Sequence[dict],
@@ -78,7 +78,7 @@ def evaluate_windows(
             count[step] += int((targets != -100).sum())
     loads.close()
     model.train(was_training)
-    shares = {name: (c / c.sum()).sort(descending=True).values.tolist() for name, c in loads.counts.items()}
+    shares = {name: sorted_share(count) for name, count in loads.counts.items()}
     return HeldOut(
         tokens=count[0],
         loss=nats[0] / count[0],

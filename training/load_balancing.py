@@ -200,10 +200,14 @@ class RouterBiasCallback(TrainerCallback):
     Args:
         rate: step of the bias, 1e-3 in the release's pretraining; 0 counts only.
         coefficient: of the sequence-level balance loss, 1e-4 in the release's pretraining; 0 for none.
+
+    Attributes:
+        expert_share: per router, the share of tokens of each expert between the last two logs, largest first.
     """
 
     def __init__(self, rate: float = 1e-3, coefficient: float = 0.0):
         self.rate, self.coefficient = rate, coefficient
+        self.expert_share: dict[str, list[float]] = {}
         self.loads: RouterLoads | None = None
         self._since_log: dict[str, Tensor] = {}
 
@@ -232,9 +236,15 @@ class RouterBiasCallback(TrainerCallback):
             logs[f"balance/{layer}/maximum_violation"] = one.maximum_violation
             logs[f"balance/{layer}/entropy"] = one.entropy
             logs[f"balance/{layer}/dead_experts"] = one.dead_experts
+        self.expert_share = {name: sorted_share(count) for name, count in self._since_log.items()}
         for count in self._since_log.values():
             count.zero_()
         return logs
+
+
+def sorted_share(count: Tensor) -> list[float]:
+    """Each expert's share of the tokens, largest first, from tokens per expert (experts,)."""
+    return (count / count.sum().clamp(min=1)).sort(descending=True).values.tolist()
 
 
 def layer_name(router: str) -> str:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments, set_seed
+from transformers.distributed import DistributedConfig
 
 from ..configuration.presets import preset
 from ..modeling.modeling_nemotron_h import NemotronHForCausalLM
@@ -28,7 +31,12 @@ from .documents import DocumentStream, text_documents
 from .evaluation import HeldOut, evaluate_windows
 from .lora import add_lora, allow_out_proj, export_merged
 from .run_config import ConfigError, LoraRunConfig, PretrainConfig, RunConfig, SftConfig
-from .trainer import NemotronTrainer, keep_small_parameters_in_float32, last_complete_checkpoint
+from .trainer import (
+    NemotronTrainer,
+    TrainingStoppedError,
+    keep_small_parameters_in_float32,
+    last_complete_checkpoint,
+)
 
 # Of the release's pretraining (Megatron's `init_method_std`); output projections are scaled down by sqrt(layers).
 PRETRAINING_INITIALIZER_RANGE = 0.014
@@ -94,8 +102,10 @@ def run(config: RunConfig) -> dict[str, Any]:
         return evaluate_windows(trainer.model, heldout, config.rows_per_device, progress=first, collate_fn=collator)
 
     before = None
-    if not config.trainer.get("fsdp"):  # until it is sharded, such a model may not fit a device
-        trainer.model.to(arguments.device)
+    # Until `train` shards it, a model may not fit a device.
+    if not (config.trainer.get("fsdp") or config.trainer.get("deepspeed")):
+        if not config.distributed:
+            trainer.model.to(arguments.device)
         before = evaluate()
     with allow_out_proj():
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -106,8 +116,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         "rows": None if streams else len(data),
         "used": rows.used,
         "left_out": dict(rows.dropped),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "parameters": sum(map(_size, trainer.model.parameters())),
+        "trained": sum(_size(p) for p in trainer.model.parameters() if p.requires_grad),
         "seconds": result.metrics["train_runtime"],
         "resumed_from": None if checkpoint is None else checkpoint.name,
         "before": None if before is None else asdict(before),
@@ -116,11 +126,19 @@ def run(config: RunConfig) -> dict[str, Any]:
         "devices": arguments.world_size,
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, accelerate)},
     }
-    _save(config, trainer, tokenizer, output)
+    try:
+        _save(config, trainer, tokenizer, output)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        good = last_complete_checkpoint(output)
+        raise TrainingStoppedError(
+            f"The trained model could not be written to {output} ({error}). "
+            + (f"{good} holds it: make room and start again." if good else "There is no checkpoint: set `save_every`.")
+        ) from error
     if first:
         log = trainer.state.log_history
         _write(output / "log.json", log)
-        draw_run(log, after.expert_share if after else None, output)
+        # Of the held-out data, or without them of the last steps.
+        draw_run(log, after.expert_share if after else trainer.balance.expert_share, output)
         (output / "REPORT.md").write_text(report(config, summary, log), encoding="utf-8")
     return summary
 
@@ -156,26 +174,65 @@ def _arguments(config: RunConfig) -> TrainingArguments:
         "seed": config.seed,
         "report_to": [],
         "remove_unused_columns": False,
+        # As many as there will be: DeepSpeed reads the arguments while they are made.
+        "gradient_accumulation_steps": max(1, config.rows_per_step // (config.rows_per_device * _processes(config))),
     }
     twice = sorted(ours.keys() & config.trainer.keys() - {"report_to"})
     if twice:
         raise ConfigError(f"`trainer` sets what keys of their own say: {', '.join(twice)}.")
-    if config.trainer.get("fsdp") and config.dtype != "float32":
+    sharded = [name for name in ("fsdp", "deepspeed") if config.trainer.get(name)]
+    sharded += ["distributed"] if config.distributed else []
+    if len(sharded) > 1:
+        raise ConfigError(f"Several keys shard the model: {', '.join(sharded)}. Keep one.")
+    named = sharded[0].replace("fsdp", "FSDP") if sharded else ""
+    if sharded and config.dtype != "float32":
         raise ConfigError(
-            f"`dtype` is {config.dtype} with FSDP, which shards parameters of one dtype only: use float32 (these are then the "
-            "master weights) and `trainer: {bf16: true}` to compute in bfloat16."
+            f"`dtype` is {config.dtype} with {named}, which shards parameters of one dtype only: "
+            "use float32 (these are then the master weights) and `trainer: {bf16: true}` to compute in bfloat16."
         )
-    if config.trainer.get("fsdp") and isinstance(config, LoraRunConfig) and config.merge:
-        raise ConfigError("`merge` needs whole weights, and FSDP shards them: set it to false and merge afterwards.")
+    if sharded and isinstance(config, LoraRunConfig) and config.merge:
+        raise ConfigError(
+            f"`merge` needs whole weights, and {named} shards them: set it to false and merge afterwards."
+        )
+    if config.distributed:
+        _check_distributed(config)
     arguments = TrainingArguments(**{**ours, **config.trainer})
-    at_once = config.rows_per_device * arguments.world_size
+    at_once = config.rows_per_device * _processes(config)
     if config.rows_per_step % at_once:
         raise ConfigError(
             f"`rows_per_step` is {config.rows_per_step}: it must be a multiple of the {at_once} rows that "
-            f"{arguments.world_size} device(s) take at once (`rows_per_device` {config.rows_per_device})."
+            f"{_processes(config)} process(es) take at once (`rows_per_device` {config.rows_per_device})."
         )
-    arguments.gradient_accumulation_steps = config.rows_per_step // at_once
     return arguments
+
+
+def _processes(config: RunConfig) -> int:
+    """How many processes see rows of their own; those of a tensor-parallel group share theirs."""
+    return int(os.environ.get("WORLD_SIZE", "1")) // int(config.distributed.get("tp_size") or 1)
+
+
+def _check_distributed(config: RunConfig) -> None:
+    """Refuse what a model that transformers shards as it loads it cannot do."""
+    known = {one.name for one in fields(DistributedConfig)}
+    unknown = sorted(config.distributed.keys() - known)
+    if unknown:
+        raise ConfigError(f"`distributed` has keys that DistributedConfig does not know: {', '.join(unknown)}.")
+    if config.save_every is not None:
+        raise ConfigError(
+            "`save_every` with `distributed`: transformers cannot resume a model that it sharded while loading. Leave it out; "
+            "the trained model is saved at the end."
+        )
+    if isinstance(config, LoraRunConfig):
+        raise ConfigError(
+            "`distributed` shards experts before adapters could be put on them: use `trainer: {fsdp: true}`."
+        )
+    if config.model.startswith("preset:"):
+        raise ConfigError(f"`model` is {config.model}: `distributed` shards a model as it is loaded; save it first.")
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter; DeepSpeed's third stage leaves an empty one that knows its size."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _model(config: RunConfig) -> nn.Module:
@@ -184,7 +241,8 @@ def _model(config: RunConfig) -> nn.Module:
         fresh = preset(config.model.removeprefix("preset:"), initializer_range=PRETRAINING_INITIALIZER_RANGE)
         model = NemotronHForCausalLM(fresh).to(dtype)
     else:
-        model = NemotronHForCausalLM.from_pretrained(config.model, dtype=dtype)
+        sharding = DistributedConfig(**config.distributed) if config.distributed else None
+        model = NemotronHForCausalLM.from_pretrained(config.model, dtype=dtype, distributed_config=sharding)
     for name, value in (("mtp_loss_scaling_factor", config.mtp_scale), ("mtp_num_depths", config.mtp_depths)):
         if value is not None:
             setattr(model.config, name, value)
@@ -199,7 +257,8 @@ def _save(config: RunConfig, trainer: NemotronTrainer, tokenizer: PreTrainedToke
     lora = isinstance(config, LoraRunConfig)
     folder = output / "adapter" if lora else output
     if not lora:
-        model.to(getattr(torch, config.dtype))  # float32 master weights as the published layout has them
+        if not config.distributed and not trainer.is_deepspeed_enabled:
+            model.to(getattr(torch, config.dtype))  # float32 master weights as the published layout has them
         model.config.use_cache = True  # training may have turned it off
     trainer.save_model(str(folder))  # with the tokenizer; gathers what is sharded
     if trainer.is_world_process_zero():
@@ -258,7 +317,7 @@ def report(config: RunConfig, summary: dict[str, Any], log: list[dict]) -> str:
             cells = (" / ".join(f"{v:.4f}" for v in _list(found[name])) for found in held_out.values())
             lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "![loss](loss.png)"]
-    if summary["after"]:
+    if "maximum_violation" in last:
         lines += ["", "![expert load](expert_load.png)"]
     lines += ["", "| setting | value |", "|---|---|"]
     lines += [f"| {name} | {value!r} |" for name, value in asdict(config).items()]

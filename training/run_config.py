@@ -67,9 +67,17 @@ class RunConfig:
     save_every: int | None = key("steps between checkpoints; by default none", None)
     keep_checkpoints: int | None = key("how many checkpoints to keep; by default all", 2)
     peak_tflops: float | None = key("of one device in the dtype of training; with it utilisation is logged", None)
+    distributed: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "fields of transformers' DistributedConfig, which shards the model as it is loaded: `ep_size` splits the "
+            "experts, `fsdp_size` the rest; without checkpoints on the way"
+        },
+        kw_only=True,
+    )
     trainer: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "further fields of transformers' TrainingArguments, such as `bf16` or `fsdp`"},
+        metadata={"help": "further fields of transformers' TrainingArguments, such as `bf16`, `fsdp` or `deepspeed`"},
         kw_only=True,
     )
 

@@ -138,7 +138,8 @@ class NemotronTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weight decay on matrices only: not on norms, biases, or the state-space parameters of each head."""
-        return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
+        # DeepSpeed's third stage leaves empty parameters that know their shapes.
+        return [n for n, p in model.named_parameters() if len(getattr(p, "ds_shape", p.shape)) >= 2]
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """As `Trainer`'s, with the conversations of all accumulated batches and ranks counted where they are the items."""
@@ -165,6 +166,13 @@ class NemotronTrainer(Trainer):
             count = tokens.numel() if mask is None else int(mask.sum())
             self._counts += torch.tensor([count, pairs], dtype=torch.float64)
         return batches, items
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As `Trainer`'s, which would take one more step after resuming from the checkpoint of the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """As `Trainer`'s; keeps the parts of the loss for the logs, and refuses to go on from one that is not finite."""

@@ -11,7 +11,7 @@ import yaml
 from nemotron_super import NemotronHForCausalLM, preset
 from nemotron_super.cli import main
 from nemotron_super.training.lora import load_lora
-from nemotron_super.training.run import run
+from nemotron_super.training.run import _processes, run
 from nemotron_super.training.run_config import (
     ConfigError,
     LoraRunConfig,
@@ -133,6 +133,27 @@ def test_stopped_and_continued(place, tmp_path, monkeypatch, stream):
         run(broken)
 
 
+def test_a_full_disk_at_the_end(place, tmp_path, monkeypatch):
+    """The trained weights are in the last checkpoint: with room made, the same command saves them."""
+    content = settings(place, tmp_path / "out", save_every=5)
+
+    save = NemotronTrainer.save_model
+
+    def full(self, folder, _internal_call=False):
+        if not _internal_call:  # not a checkpoint's, but the trained model's
+            raise OSError(28, "No space left on device")
+        save(self, folder, _internal_call)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"No space left.*checkpoint-8 holds it"):
+        patch.setattr(NemotronTrainer, "save_model", full)
+        command("sft", content, tmp_path)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    command("sft", content, tmp_path)
+    run(SftConfig.of({**content, "output": str(tmp_path / "other")}))
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
+    assert not [name for name in a if not a[name].equal(b[name])]
+
+
 def test_a_new_model_has_the_pretraining_initialisation(place, tmp_path, monkeypatch):
     """N(0, 0.014), output projections smaller by the square root of the layers; bfloat16 but for the small parameters."""
     seen = {}
@@ -157,6 +178,9 @@ def test_two_stages(place, tmp_path):
     run(SftConfig.of(settings(place, tmp_path / "one", steps=2)))
     second = settings(place, tmp_path / "two", steps=2, loss_over="conversations", model=str(tmp_path / "one"))
     assert run(SftConfig.of(second))["steps"] == 2
+    # Without held-out data the report shows the load of the last steps.
+    assert "![expert load](expert_load.png)" in (tmp_path / "two" / "REPORT.md").read_text()
+    assert (tmp_path / "two" / "expert_load.png").stat().st_size > 5000
 
 
 def test_steps_are_counted_from_the_data(place, tmp_path):
@@ -241,6 +265,18 @@ def test_numbers_without_a_dot():
         ({"trainer": {"bf17": True}}, "`trainer` has keys that TrainingArguments does not know: bf17"),
         ({"trainer": {"weight_decay": 1.0}}, "`trainer` sets what keys of their own say: weight_decay"),
         ({"dtype": "bfloat16", "trainer": {"fsdp": True}}, "`dtype` is bfloat16 with FSDP"),
+        (
+            {"dtype": "bfloat16", "trainer": {"deepspeed": {"a": 1}, "fsdp": True}},
+            "Several keys shard the model: fsdp",
+        ),
+        ({"dtype": "bfloat16", "distributed": {"fsdp_size": 2}}, "`dtype` is bfloat16 with distributed"),
+        ({"distributed": {"esize": 2}}, "`distributed` has keys that DistributedConfig does not know: esize"),
+        (
+            {"distributed": {"ep_size": 2}, "save_every": 5},
+            "`save_every` with `distributed`: transformers cannot resume",
+        ),
+        ({"distributed": {"ep_size": 2}, "model": "preset:tiny"}, "`distributed` shards a model as it is loaded"),
+        ({"trainer": {"gradient_accumulation_steps": 2}}, "keys of their own say: gradient_accumulation_steps"),
         ({"rows_per_step": 3}, "`rows_per_step` is 3: it must be a multiple of the 2 rows"),
         ({"model": "preset:tiny"}, "`model` is preset:tiny, which has no tokenizer"),
         ({"data": "nowhere.jsonl"}, "no such file"),
@@ -250,6 +286,37 @@ def test_faults_end_the_command_with_one_line(place, tmp_path, options, message)
     with pytest.raises(SystemExit, match=message) as ended:
         command("sft", settings(place, tmp_path / "out", **options), tmp_path)
     assert str(ended.value).startswith("nemotron-super sft: ") and "\n" not in str(ended.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trainer": {"fsdp": True}}, "`merge` needs whole weights, and FSDP shards them"),
+        ({"distributed": {"fsdp_size": 2}, "merge": False}, "shards experts before adapters could be put on them"),
+    ],
+)
+def test_adapters_and_sharding(place, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        run(LoraRunConfig.of(settings(place, tmp_path, **options)))
+
+
+def test_distributed_is_asked_of_transformers(place, tmp_path, monkeypatch):
+    """The keys reach `from_pretrained`; processes that share their rows count once."""
+    seen = {}
+
+    def load(folder, dtype, distributed_config):
+        seen.update(distributed_config.to_dict())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NemotronHForCausalLM, "from_pretrained", load)
+    sizes = {"tp_size": 2, "fsdp_size": 4, "ep_size": 8}
+    config = SftConfig.of(settings(place, tmp_path, distributed=sizes))
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "8")
+        assert _processes(config) == 4
+    with pytest.raises(KeyboardInterrupt):
+        run(SftConfig.of(settings(place, tmp_path, distributed={"fsdp_size": 4, "ep_size": 4})))
+    assert (seen["fsdp_size"], seen["ep_size"]) == (4, 4)
 
 
 def test_a_folder_that_is_not_ours(place, tmp_path):

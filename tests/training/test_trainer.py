@@ -1,11 +1,13 @@
 """The trainer: both means of the loss, its logs, what stops it, and what survives a stop."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nemotron_super
 import pytest
 import torch
 from nemotron_super.training.best_fit import BestFitRows, PadRows
@@ -196,6 +198,13 @@ def test_arguments_that_do_not_fit(make_model, make_trainer):
         make_trainer([], add_lora(make_model("ME*", **MTP), r=2))
 
 
+@pytest.mark.parametrize("size", ["get_cp_size", "get_sp_size"])
+def test_context_parallelism_is_refused(make_trainer, monkeypatch, size):
+    monkeypatch.setattr(NemotronTrainer, size, lambda self: 2)
+    with pytest.raises(ValueError, match="Context parallelism is not supported: Mamba-2 states and MTP targets"):
+        make_trainer([])
+
+
 def test_peft(make_model, make_trainer):
     model = add_lora(make_model("ME*", **MTP), r=2)
     rows = list(BestFitRows(conversations(LENGTHS), 24))
@@ -256,7 +265,7 @@ def test_attended_pairs():
 
 
 def run(output, *arguments, script=SCRIPT, processes=None, check=True):
-    """Start a training process, or several under torchrun where a number of them is given; return the exit status."""
+    """Start a training process, or several under torchrun where a number of them is given; return what was not checked."""
     command = [sys.executable]
     if processes is not None:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -264,7 +273,7 @@ def run(output, *arguments, script=SCRIPT, processes=None, check=True):
         [*command, str(script), str(output), *arguments], capture_output=True, text=True, timeout=240
     )
     assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done.returncode
+    return done if not check else None
 
 
 def logged(output):
@@ -304,16 +313,28 @@ def test_conversation_means_over_two_processes(tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_resumed(whole, tmp_path):
-    """SIGKILL in the middle of an epoch, between two checkpoints: the resumed run ends with the same bytes."""
-    assert run(tmp_path, "--steps", "50", "--kill-at", "13", check=False) == -9
-    assert last_complete_checkpoint(tmp_path).name == "checkpoint-10"
-    shutil.copytree(tmp_path / "checkpoint-10", tmp_path / "checkpoint-15")
-    (tmp_path / "checkpoint-15" / "trainer_state.json").unlink()  # as if killed while saving
+    """SIGKILL after a step drawn at random: the resumed run ends with the same bytes."""
+    step = random.randrange(6, 50)
+    print(f"killed after step {step}")
+    assert run(tmp_path, "--steps", "50", "--kill-at", str(step), check=False).returncode == -9
+    saved = (step - 1) // 5 * 5  # a step is saved after it has ended
+    assert last_complete_checkpoint(tmp_path).name == f"checkpoint-{saved}"
+    shutil.copytree(tmp_path / f"checkpoint-{saved}", tmp_path / f"checkpoint-{saved + 5}")
+    (tmp_path / f"checkpoint-{saved + 5}" / "trainer_state.json").unlink()  # as if killed while saving
     run(tmp_path, "--steps", "50")
     same = ("loss", "lm_loss", "mtp_loss", "grad_norm", "learning_rate", "maximum_violation")
     assert [{k: e[k] for k in same} for e in logged(tmp_path)] == [{k: e[k] for k in same} for e in logged(whole)]
     final = Path("final") / "model.safetensors"
     assert (tmp_path / final).read_bytes() == (whole / final).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full(tmp_path):
+    """The system refuses to write on in the middle of the second checkpoint: the first stays, nothing half written does."""
+    done = run(tmp_path, "--steps", "12", "--full-after", "7", check=False)
+    assert done.returncode == 1
+    assert "Step 10: the checkpoint could not be written" in done.stderr and "checkpoint-5 is untouched" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
 @pytest.mark.slow
@@ -325,3 +346,44 @@ def test_sharded_over_two_processes(tmp_path):
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert len(one) == 50 and one[-1] < one[0] - 0.5
     assert two == pytest.approx(one, rel=1e-5)
+
+
+def same_course(one, two):
+    """Both runs logged the same losses, and saved the same tensors in the published layout."""
+    a, b = logged(one), logged(two)
+    assert [entry["loss"] for entry in b] == pytest.approx([entry["loss"] for entry in a], rel=1e-5)
+    assert [entry["mtp_loss"] for entry in b] == pytest.approx([entry["mtp_loss"] for entry in a], rel=1e-5)
+    assert [entry["grad_norm"] for entry in b] == pytest.approx([entry["grad_norm"] for entry in a], rel=1e-4)
+    for entry, other in zip(a, b, strict=True):
+        # A token on the edge between two experts may fall to the other one.
+        assert other["maximum_violation"] == pytest.approx(entry["maximum_violation"], abs=0.1)
+    final = [load_file(folder / "final" / "model.safetensors") for folder in (one, two)]
+    assert final[0].keys() == final[1].keys() and "backbone.layers.1.mixer.experts.5.up_proj.weight" in final[0]
+    for name, tensor in final[0].items():
+        torch.testing.assert_close(
+            final[1][name], tensor, rtol=1e-3, atol=2e-3, msg=lambda text, name=name: name + text
+        )
+
+
+@pytest.mark.slow
+def test_experts_split_over_two_processes(whole, tmp_path):
+    """transformers' plan: each process holds half of the experts and of everything else, and sees rows of its own."""
+    run(tmp_path, "--steps", "50", "--batch", "2", "--distributed", '{"fsdp_size": 2, "ep_size": 2}', processes=2)
+    same_course(whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_experts_split_on_a_shared_batch(tmp_path):
+    run(tmp_path, script=SCRIPT.with_name("split_experts.py"), processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed(whole, tmp_path, monkeypatch, stage):
+    """ZeRO, from DeepSpeed's own configuration: the same losses, and the published layout at the end."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    config = json.loads((Path(nemotron_super.__file__).parent / "training/recipes/super_zero3.json").read_text())
+    config["zero_optimization"]["stage"] = stage
+    run(tmp_path, "--steps", "50", "--batch", "2", "--deepspeed", json.dumps(config), processes=2)
+    same_course(whole, tmp_path)

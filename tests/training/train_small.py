@@ -2,20 +2,25 @@
 
 `python train_small.py OUTPUT --steps 20 [--batch 4] [--accumulation 1] [--kill-at 13]` writes what was logged to
 OUTPUT/log.json and the final weights to OUTPUT/final. It resumes from OUTPUT's last complete checkpoint if there is one.
+`--distributed '{"fsdp_size": 2, "ep_size": 2}'` shards the model by transformers' own plans; such a run writes no checkpoints.
+`--deepspeed '{"zero_optimization": {"stage": 3}, ...}'` leaves it to DeepSpeed.
 """
 
 import argparse
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from nemotron_super import NemotronHConfig, NemotronHForCausalLM
 from nemotron_super.training.best_fit import BestFitRows, PadRows
 from nemotron_super.training.documents import TokenDocument
 from nemotron_super.training.trainer import NemotronTrainer, last_complete_checkpoint
 from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.distributed import DistributedConfig
 
 SMALL = {
     "vocab_size": 61, "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -47,6 +52,31 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class FullDiskAfter(TrainerCallback):
+    """From a step on, no file can grow beyond 20,000 bytes: the system itself refuses, in the middle of a write."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def make_model(options: argparse.Namespace) -> NemotronHForCausalLM:
+    """A new model; where it is sharded while it is loaded, the same one from a file."""
+    set_seed(0)
+    model = NemotronHForCausalLM(NemotronHConfig(**SMALL))
+    if options.distributed is None and options.deepspeed is None:
+        return model
+    if PartialState().is_main_process:
+        model.save_pretrained(options.output / "initial")
+    PartialState().wait_for_everyone()
+    sharding = None if options.distributed is None else DistributedConfig(**options.distributed)
+    return NemotronHForCausalLM.from_pretrained(options.output / "initial", distributed_config=sharding)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
@@ -54,30 +84,36 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--full-after", type=int)
     parser.add_argument("--loss-over", default="tokens")
+    parser.add_argument("--distributed", type=json.loads, help="fields of a DistributedConfig")
+    parser.add_argument("--deepspeed", type=json.loads, help="DeepSpeed's configuration")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    set_seed(0)
+    arguments = TrainingArguments(
+        str(options.output), max_steps=options.steps, per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulation, learning_rate=3e-3, weight_decay=0.1, logging_steps=1, save_steps=5,
+        save_strategy="steps" if options.distributed is None else "no", report_to=[], use_cpu=True, disable_tqdm=True,
+        seed=0, remove_unused_columns=False, ddp_find_unused_parameters=False, deepspeed=options.deepspeed,
+    )  # fmt: skip
     trainer = NemotronTrainer(
-        NemotronHForCausalLM(NemotronHConfig(**SMALL)),
-        TrainingArguments(
-            str(options.output), max_steps=options.steps, per_device_train_batch_size=options.batch,
-            gradient_accumulation_steps=options.accumulation, learning_rate=3e-3, logging_steps=1, save_steps=5,
-            save_strategy="steps", report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
-            remove_unused_columns=False, ddp_find_unused_parameters=False,
-        ),
+        make_model(options),
+        arguments,
         train_dataset=make_rows(),
         data_collator=PadRows(0),
         loss_over=options.loss_over,
         router_bias_rate=1e-2,
         balance_coefficient=1e-2,
-        callbacks=[KillAt(options.kill_at)] if options.kill_at else [],
-    )  # fmt: skip
+        callbacks=[
+            *([KillAt(options.kill_at)] if options.kill_at else []),
+            *([FullDiskAfter(options.full_after)] if options.full_after else []),
+        ],
+    )
     checkpoint = last_complete_checkpoint(options.output)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model(str(options.output / "final"))  # gathers what is sharded
     if trainer.args.process_index == 0:
         (options.output / "log.json").write_text(json.dumps(trainer.state.log_history))
-        trainer.model.save_pretrained(options.output / "final")
 
 
 if __name__ == "__main__":
