@@ -1,4 +1,10 @@
-"""How a kernel is judged: its error against float64 may be twice that of torch in the same dtype, plus 1e-5."""
+"""How a kernel is judged: its error against float64 may be twice that of torch in the same dtype, plus 1e-5.
+
+Without a GPU kernels run in Triton's interpreter, which is mended here, and which refuses here what a GPU would do silently:
+reading or writing outside a kernel's arguments.
+"""
+
+import inspect
 
 import numpy as np
 import pytest
@@ -41,8 +47,126 @@ def _mend_interpreter():
     builder.cast_impl = rounded
 
 
+class OutOfBoundsError(AssertionError):
+    """A kernel touched memory that is not its argument's."""
+
+
+class _Argument:
+    """The elements of one tensor a kernel was launched with, by their distance in bytes from its first."""
+
+    def __init__(self, kernel, name, tensor):
+        self.kernel, self.name, self.shape, self.strides = kernel, name, tuple(tensor.shape), tensor.stride()
+        self.base, self.item = tensor.data_ptr(), tensor.element_size()
+        span = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)) + 1 if tensor.numel() else 0
+        self.end = span * self.item
+        self.owned = None  # which elements between the first and the last are its own; of a dense tensor, all
+        if self.end < 1 << 24 and span != tensor.numel():
+            owned = torch.zeros(span, dtype=torch.bool)
+            owned.as_strided(self.shape, self.strides).fill_(True)
+            self.owned = owned.numpy()
+
+    def check(self, verb, pointers, mask, value, width, program):
+        where = f"`{self.kernel}` {verb} its argument `{self.name}` {self.shape} with strides {self.strides}"
+        if mask.shape != pointers.shape or value.shape != pointers.shape or value.itemsize != width:
+            raise OutOfBoundsError(
+                f"{where}: {pointers.shape} places of {width} bytes, mask {mask.shape}, "
+                f"values {value.shape} of {value.itemsize} bytes; program {program}."
+            )
+        addresses = pointers[mask.astype(bool)]
+        distance = addresses.astype(np.int64) - self.base
+        outside = (distance < 0) | (distance + width > self.end)
+        if outside.any():
+            low, high = distance.min() // self.item, distance.max() // self.item
+            raise OutOfBoundsError(
+                f"{where} outside of it: {outside.sum()} of {distance.size} lanes, elements {low} to {high} of "
+                f"{self.end // self.item}; program {program}."
+            )
+        if (addresses % width).any():
+            raise OutOfBoundsError(f"{where} at addresses that are no multiples of {width} bytes; program {program}.")
+        if self.owned is not None and not self.owned[distance // self.item].all():
+            raise OutOfBoundsError(f"{where} in the gaps between its elements; program {program}.")
+
+
+def _guard_interpreter():
+    """The interpreter follows raw addresses: past a tensor's end it reads what is there, or the process ends.
+
+    So every pointer remembers the argument it was made from, and every load, store and atomic is compared with the
+    elements of that argument: its own, not those of the storage that it is a view of.
+    """
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    copy_arguments, convert = executor._init_args_hst, interpreter._implicit_cvt
+    launched = []  # tensors of the running launch with their `_Argument`
+
+    def tensors(value):
+        if isinstance(value, tuple):
+            return [t for part in value for t in tensors(part)]
+        value = getattr(value, "base", value)  # of a descriptor or a reinterpreted tensor
+        return [value] if hasattr(value, "data_ptr") else []
+
+    def copy_and_note(self, args, kwargs):
+        args, kwargs = copy_arguments(self, args, kwargs)
+        named = inspect.getcallargs(self.fn, *args, **kwargs).items()
+        launched[:] = [(t, _Argument(self.fn.__name__, name, t)) for name, value in named for t in tensors(value)]
+        return args, kwargs
+
+    def convert_and_mark(value):
+        converted = convert(value)
+        if hasattr(value, "data_ptr"):
+            (tensor,) = tensors(value)
+            converted.handle.set_attr("argument", next(argument for t, argument in launched if t is tensor))
+        return converted
+
+    def marked(result, sources):
+        for source in sources:
+            if "argument" in getattr(source, "attr", ()):
+                result.set_attr("argument", source.attr["argument"])
+        return result
+
+    def passed_on(method):
+        return lambda self, *args, **kwargs: marked(method(self, *args, **kwargs), args)
+
+    def blocks_of(method):
+        def call(self, *args):
+            pointers, mask = method(self, *args)
+            return marked(pointers, [self.base]), mask
+
+        return call
+
+    def checked(verb, method, pointer_at, mask_at, value_at):
+        def call(self, *args, **kwargs):
+            pointers = args[pointer_at]
+            if "argument" not in pointers.attr:
+                raise OutOfBoundsError(
+                    f"a kernel {verb} through a pointer made from no argument; program {self.grid_idx}."
+                )
+            width = interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
+            filled = np.broadcast_to(np.zeros(1, f"V{width}"), pointers.data.shape)
+            mask = np.ones_like(pointers.data, bool) if mask_at is None else np.asarray(args[mask_at].data)
+            value = filled if value_at is None or args[value_at] is None else args[value_at].data
+            pointers.attr["argument"].check(verb, pointers.data, mask, value, width, self.grid_idx)
+            return method(self, *args, **kwargs)
+
+        return call
+
+    executor._init_args_hst, interpreter._implicit_cvt = copy_and_note, convert_and_mark
+    for name in ("addptr", "splat", "unsplat", "broadcast", "expand_dims", "reshape", "trans", "bitcast", "select"):
+        setattr(builder, f"create_{name}", passed_on(getattr(builder, f"create_{name}")))
+    for blocks in (interpreter.BlockPointerHandle, interpreter.TensorDescHandle):
+        blocks.materialize_pointers = blocks_of(blocks.materialize_pointers)
+    for name, verb, *places in (
+        ("masked_load", "reads", 0, 1, 2),
+        ("masked_store", "writes", 0, 2, 1),
+        ("atomic_rmw", "updates", 1, 3, 2),
+        ("atomic_cas", "updates", 0, None, 2),
+    ):
+        setattr(builder, f"create_{name}", checked(verb, getattr(builder, f"create_{name}"), *places))
+
+
 if DEVICE == "cpu":
     _mend_interpreter()
+    _guard_interpreter()
 
 
 def _exact(value):
