@@ -97,7 +97,7 @@ def _guard_interpreter():
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     copy_arguments, convert = executor._init_args_hst, interpreter._implicit_cvt
-    launched = []  # tensors of the running launch with their `_Argument`
+    launched: list[tuple[torch.Tensor, _Argument]] = []  # tensors of the running launch with their `_Argument`
 
     def tensors(value):
         if isinstance(value, tuple):
