@@ -1,4 +1,4 @@
-"""Which implementation serves each op: a kernel from a repository, the bundled Triton kernels, or the torch reference.
+"""Which implementation serves each op: a kernel from a repository, an installed package, the bundled Triton kernels, or torch.
 
 The choice is made at each call from what the tensors are (device, dtype, shape), by plain tests: nothing is tried and
 caught. Left alone, the best that can serve does. To force one:
@@ -9,13 +9,16 @@ caught. Left alone, the best that can serve does. To force one:
 
 A forced choice that cannot serve a call raises `KernelError`, naming the op and the reason. `report()` says what serves.
 
-Sources: `hub`, a kernel repository added with `add_kernel_repository`; `triton`, the kernels that travel with this package;
-`torch`, the reference, which serves everything.
+Sources: `hub`, a kernel repository added with `add_kernel_repository`, or what `use_kernels=True` of transformers put in the
+place of a function (`hub=` at the call); `triton`, the kernels that travel with this package; `package`, mamba-ssm,
+causal-conv1d or Liger where installed, only where forced, since none was measured against the bundled kernels; `torch`, the
+reference, which serves everything.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import sys
@@ -27,16 +30,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import conventions
+from .reference.add_rms_norm import add_rms_norm as _add_rms_norm
 from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
 from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
+from .reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from .reference.moe_experts import moe_experts as _moe_experts
 from .reference.quantized_experts import fp8_experts as _fp8_experts
 from .reference.quantized_experts import nvfp4_experts as _nvfp4_experts
 from .reference.quantized_linear import fp8_linear as _fp8_linear
 from .reference.quantized_linear import nvfp4_linear as _nvfp4_linear
+from .reference.replay import causal_conv1d_replay as _causal_conv1d_replay
+from .reference.replay import selective_state_replay as _selective_state_replay
 from .reference.rms_norm import gated_rms_norm as _gated_rms_norm
 from .reference.rms_norm import rms_norm as _rms_norm
 from .reference.selective_state_update import selective_state_update as _selective_state_update
+from .reference.small_batch_linear import small_batch_linear as _small_batch_linear
 from .reference.ssd_chunk_scan import ssd_chunk_scan as _ssd_chunk_scan
 from .reference.stochastic_round import STOCHASTIC
 from .reference.topk_routing import router_logits as _router_logits
@@ -44,9 +53,15 @@ from .reference.topk_routing import topk_routing as _topk_routing
 
 BUNDLE = Path(__file__).parent / "nemotron-h-kernels"
 SETTING = "NEMOTRON_SUPER_KERNELS"
-SOURCES = ("hub", "triton", "torch")
+SOURCES = ("hub", "triton", "package", "torch")
 # Bundled kernels that have only run in Triton's interpreter so far. They serve where they are forced, not by themselves.
-_INTERPRETED_ONLY: frozenset[str] = frozenset({"nvfp4_linear", "fp8_linear", "nvfp4_experts", "fp8_experts"})
+_INTERPRETED_ONLY: frozenset[str] = frozenset(
+    {
+        *("nvfp4_linear", "fp8_linear", "nvfp4_experts", "fp8_experts"),
+        *("add_rms_norm", "causal_conv1d_replay", "selective_state_replay"),
+        *("linear_cross_entropy", "small_batch_linear"),
+    }
+)
 _SERVED = (torch.bfloat16, torch.float32)
 
 
@@ -203,6 +218,54 @@ def _packed_experts_limits(
     return _packed_limits(x, up, down)
 
 
+def _add_norm_limits(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | None:
+    if residual.dtype != x.dtype or residual.shape != x.shape:
+        return f"`x` and `residual` are {x.dtype} {tuple(x.shape)} and {residual.dtype} {tuple(residual.shape)}"
+    return _norm_limits(x, weight, eps)
+
+
+def _conv_replay_limits(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, settled: int = 0
+) -> str | None:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return "the kernel has no gradient: call it under `torch.no_grad()`"
+    return _replayed(x, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+
+
+def _state_replay_limits(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, settled: int = 0
+) -> str | None:
+    if torch.is_grad_enabled() and (x.requires_grad or dt.requires_grad or A.requires_grad):
+        return "the kernel has no gradient: call it under `torch.no_grad()`"
+    return _replayed(x, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+
+
+def _replayed(x: Tensor, settled: int) -> str | None:
+    if not 0 <= settled <= x.shape[1]:
+        return f"`settled` is {settled}, there are {x.shape[1]} tokens"
+    return f"{x.shape[1]} tokens, the kernel replays up to 96" if x.shape[1] > 96 else None
+
+
+def _small_linear_limits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return "the kernel has no gradient: call it under `torch.no_grad()`"
+    if x.dim() != 2 or x.shape[0] > 64:
+        return f"`x` is {tuple(x.shape)}, the kernel serves (tokens, in) with up to 64 tokens"
+    if weight.dtype != x.dtype:
+        return f"`x` and `weight` are {x.dtype} and {weight.dtype}: the kernel wants one dtype"
+    return _dtype_of("x", x)
+
+
+def _cross_entropy_limits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, chunk: int | None = None
+) -> str | None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.dtype != hidden.dtype:
+        return f"`hidden` is {hidden.dtype} {tuple(hidden.shape)}, `weight` {weight.dtype} {tuple(weight.shape)}"
+    if targets.dtype != torch.int64 or targets.shape != hidden.shape[:1]:
+        return f"`targets` is {targets.dtype} {tuple(targets.shape)}, the kernel wants int64 {tuple(hidden.shape[:1])}"
+    return _dtype_of("hidden", hidden)
+
+
 class Op:
     """One op: call it with the arguments of its reference, and what serves best answers."""
 
@@ -210,8 +273,11 @@ class Op:
         self.name, self.reference, self.limits = name, reference, limits
         self.kernels: dict[str, Callable] = {}  # by source, once loaded
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, hub: Callable | None = None, **kwargs: Any) -> Any:
         forced = _forced.get(self.name)
+        if hub is not None and forced in (None, "hub"):
+            # Whoever kernelized the model has chosen this one: it speaks the convention of the name it was chosen by.
+            return getattr(conventions, self.name)(hub, *args, **kwargs)
         # Without this line first, one decoded token on a CPU would pay for what only a GPU needs.
         if forced == "torch" or (forced is None and not args[0].is_cuda):
             return self.reference(*args, **kwargs)
@@ -224,18 +290,27 @@ class Op:
         """What serves these arguments: source, function, and why nothing better does (empty if nothing is)."""
         forced = _forced.get(self.name)
         reasons: list[str] = []
-        for source in ("hub", "triton") if forced is None else (forced,):
+        for source in ("hub", "package", "triton") if forced is None else (forced,):
             reason = _cannot_load(source, self.name) or _cannot_run(args[0].device, forced is not None)
-            reason = reason or self.limits(*args, **kwargs)
+            reason = reason or self._cannot_serve(source, *args, **kwargs)
             if reason is None:
                 return source, self._kernel(source), "; ".join(reasons)
             reasons.append(f"{source}: {reason}" if forced is None else reason)
         return "torch", self.reference, "; ".join(reasons)
 
+    def _cannot_serve(self, source: str, *args: Any, **kwargs: Any) -> str | None:
+        if source == "package":
+            return _dtype_of("the first argument", args[0]) or conventions.PACKAGES[self.name].limits(*args, **kwargs)
+        return self.limits(*args, **kwargs)
+
     def _kernel(self, source: str) -> Callable:
         if source not in self.kernels:
-            module = _repositories[0] if source == "hub" else _bundle()
-            self.kernels[source] = getattr(module, self.name)
+            if source == "package":
+                adapter, package = getattr(conventions, self.name), conventions.PACKAGES[self.name].load()
+                self.kernels[source] = functools.partial(adapter, package)
+            else:
+                module = _repositories[0] if source == "hub" else _bundle()
+                self.kernels[source] = getattr(module, self.name)
         return self.kernels[source]
 
 
@@ -252,6 +327,16 @@ nvfp4_linear = Op("nvfp4_linear", _nvfp4_linear, _nvfp4_linear_limits)
 fp8_linear = Op("fp8_linear", _fp8_linear, _fp8_linear_limits)
 nvfp4_experts = Op("nvfp4_experts", _nvfp4_experts, _packed_experts_limits)
 fp8_experts = Op("fp8_experts", _fp8_experts, _packed_experts_limits)
+linear_cross_entropy = Op("linear_cross_entropy", _linear_cross_entropy, _cross_entropy_limits)
+small_batch_linear = Op("small_batch_linear", _small_batch_linear, _small_linear_limits)
+# Made of other ops: where these kernels do not serve, what serves those does.
+causal_conv1d_replay = Op(
+    "causal_conv1d_replay", functools.partial(_causal_conv1d_replay, conv=causal_conv1d), _conv_replay_limits
+)
+selective_state_replay = Op(
+    "selective_state_replay", functools.partial(_selective_state_replay, scan=ssd_chunk_scan), _state_replay_limits
+)
+add_rms_norm = Op("add_rms_norm", functools.partial(_add_rms_norm, norm=rms_norm), _add_norm_limits)
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -266,6 +351,11 @@ OPS: dict[str, Op] = {
         topk_routing,
         moe_experts,
         *(nvfp4_linear, fp8_linear, nvfp4_experts, fp8_experts),
+        linear_cross_entropy,
+        small_batch_linear,
+        causal_conv1d_replay,
+        selective_state_replay,
+        add_rms_norm,
     )
 }
 
@@ -297,7 +387,7 @@ def use_kernels(source: str = "", **by_op: str) -> Iterator[None]:
     """Force what serves, for every op or for those named, while the context lasts.
 
     Args:
-        source: `torch`, `triton`, `hub`, or `auto` for the best; for every op.
+        source: `torch`, `triton`, `package`, `hub`, or `auto` for the best; for every op.
         by_op: the same for single ops, such as `ssd_chunk_scan="triton"`.
 
     Raises:
@@ -347,10 +437,23 @@ def _cannot_load(source: str, op: str) -> str | None:
         if not _repositories:
             return "no kernel repository was added"
         return None if hasattr(_repositories[0], op) else "the kernel repository lacks it"
+    if source == "package":
+        return _no_package(op)
     if source == "triton" and not _has_triton:
         return "triton is not installed"
     if source == "triton" and op in _INTERPRETED_ONLY and op not in _forced:
         return "the kernel has not run on a GPU yet, only in Triton's interpreter: force it to try it"
+    return None
+
+
+def _no_package(op: str) -> str | None:
+    package = conventions.PACKAGES.get(op)
+    if package is None:
+        return "no package has a kernel for it"
+    if not conventions.INSTALLED[package.package]:
+        return f"{package.package} is not installed"
+    if _forced.get(op) != "package":
+        return f"{package.package} serves only where forced: it was not measured against the bundled kernel"
     return None
 
 
@@ -429,6 +532,14 @@ def _example(op: str, device: torch.device, dtype: torch.dtype) -> tuple:
             (t(8, 32, 16, dtype=fp8), t(8, dtype=real)),
             (t(8, 16, 32, dtype=fp8), t(8, dtype=real)),
         ),
+        "linear_cross_entropy": (t(2, 16), t(32, 16), t(2, dtype=torch.int64)),
+        "small_batch_linear": (t(2, 16), t(8, 16)),
+        "causal_conv1d_replay": (t(1, 16, 4), t(1, 3, 16), t(16, 4)),
+        "selective_state_replay": (
+            *(t(1, 2, 64, 128, dtype=real), t(1, 3, 2, 64), t(1, 3, 2, dtype=real), t(2)),
+            *(t(1, 3, 1, 128), t(1, 3, 1, 128), t(2)),
+        ),
+        "add_rms_norm": (t(2, 16), t(2, 16), t(16), 1e-5),
     }[op]
 
 
@@ -445,6 +556,8 @@ def report(device: str | torch.device | None = None, dtype: torch.dtype = torch.
             elif forced is not None:
                 source, reason = "none", f"forced to {forced}: {reason}"
             rows.append((name, source, reason))
+    found = "is installed" if conventions.INSTALLED["flash_attn"] else "is not installed"
+    rows.append(("attention", "transformers", f"set by `attn_implementation`; flash_attn {found}"))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]
     return "\n".join([f"{device}, {str(dtype).removeprefix('torch.')}", *lines])

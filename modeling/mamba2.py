@@ -8,6 +8,8 @@ Without gradients the sequence goes through in segments that carry the state, so
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,8 +17,16 @@ from transformers import Cache
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 from ..kernels_hub.reference.stochastic_round import store_as
-from ..kernels_hub.registry import causal_conv1d, causal_conv1d_update, selective_state_update, ssd_chunk_scan
+from ..kernels_hub.registry import (
+    causal_conv1d,
+    causal_conv1d_replay,
+    causal_conv1d_update,
+    selective_state_replay,
+    selective_state_update,
+    ssd_chunk_scan,
+)
 from .cache import ROLLBACK_LIMIT, Mamba2CacheLayer
+from .hub_functions import mamba2_functions, put_in_place
 from .linear import NemotronHLinear
 from .norms import NemotronHGatedRMSNorm
 from .static_cache import StaticMamba2Layer
@@ -35,11 +45,23 @@ class NemotronHCausalConv1d(nn.Conv1d):
     A module that is called, because weights that wait on disk or on another device are fetched when their module is.
     """
 
-    def forward(self, x: Tensor, state: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
-        """(batch, seq, channels) -> the same; or one token (batch, channels), which advances `state` in place."""
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        hub: Callable[..., Tensor] | None = None,
+        replay: bool = False,
+    ) -> Tensor:
+        """(batch, seq, channels) -> the same; or one token (batch, channels), which advances `state` in place.
+
+        `hub`: a kernel to use in the place of the registry's choice. `replay`: the sequence is a few tokens, without ids.
+        """
+        if replay:
+            return causal_conv1d_replay(state, x, self.weight.squeeze(1), self.bias)
         if x.dim() == 2:
-            return causal_conv1d_update(state, x, self.weight.squeeze(1), self.bias)
-        return causal_conv1d(x, self.weight.squeeze(1), self.bias, state, seq_idx)
+            return causal_conv1d_update(state, x, self.weight.squeeze(1), self.bias, hub=hub)
+        return causal_conv1d(x, self.weight.squeeze(1), self.bias, state, seq_idx, hub=hub)
 
 
 class NemotronHMamba2Mixer(nn.Module):
@@ -69,9 +91,13 @@ class NemotronHMamba2Mixer(nn.Module):
             self.intermediate_size, self.intermediate_size // self.n_groups, config.layer_norm_epsilon
         )
         self.out_proj = NemotronHLinear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
+        self._kernel_funcs = mamba2_functions()
 
     def forward(self, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None) -> Tensor:
         if cache is None:
+            whole = self._hub("mamba_split_conv1d_scan_combined") if self.training else None
+            if whole is not None and layout.padding is None:
+                return self._through(whole, hidden_states, layout.compact_documents())
             return self._sequence(hidden_states, layout, None, None)[0]
         layer = cache.layers[self.layer_idx]
         if getattr(layer, "read_ahead", None) is not None:
@@ -139,7 +165,7 @@ class NemotronHMamba2Mixer(nn.Module):
             conv_state, ssm_state = self._store(cache, conv_state, ssm_state)
             inputs = inputs[:, excess:]
         layer.keep_pending(inputs.contiguous())
-        y = self._recur(*self._split(inputs), conv_state, ssm_state)[0][:, -new:]
+        y = self._replay(*self._split(inputs), conv_state, ssm_state)[:, -new:]
         parts.append(self.out_proj(self.norm(y, z)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -206,7 +232,7 @@ class NemotronHMamba2Mixer(nn.Module):
         Returns y (batch, seq, heads * head_dim) and the states after the first `lengths` tokens of each row.
         """
         batch, length, _ = conv_in.shape
-        xBC = self.conv1d(conv_in, conv_state, seq_idx)
+        xBC = self.conv1d(conv_in, conv_state, seq_idx, hub=self._hub("causal_conv1d_fn"))
         x, B, C = xBC.split([self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1)
         dt = self._time_step(dt)
         if lengths is not None:
@@ -222,8 +248,27 @@ class NemotronHMamba2Mixer(nn.Module):
             chunk_size=self.chunk_size,
             initial_state=ssm_state,
             seq_idx=seq_idx,
+            hub=self._hub("mamba_chunk_scan_combined"),
         )
-        return y.view(batch, length, -1), self._window(conv_in, conv_state, seq_idx, lengths), ssm_state
+        return y.reshape(batch, length, -1), self._window(conv_in, conv_state, seq_idx, lengths), ssm_state
+
+    def _replay(self, conv_in: Tensor, dt: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None) -> Tensor:
+        """As `_recur`, for a few tokens that stay out of the states: only y, (batch, tokens, heads * head_dim)."""
+        if conv_state is None or ssm_state is None or torch.is_grad_enabled() or self._any_hub():
+            return self._recur(conv_in, dt, conv_state, ssm_state)[0]
+        batch, length, _ = conv_in.shape
+        xBC = self.conv1d(conv_in, conv_state, replay=True)
+        x, B, C = xBC.split([self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1)
+        y = selective_state_replay(
+            ssm_state,
+            x.view(batch, length, self.num_heads, self.head_dim),
+            self._time_step(dt),
+            self._decay(),
+            B.view(batch, length, self.n_groups, self.state_size),
+            C.view(batch, length, self.n_groups, self.state_size),
+            self.D,
+        )
+        return y.view(batch, length, -1)
 
     def _one_token(self, hidden_states: Tensor, layout: TokenLayout, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """Decoding: advance both states in place by one token."""
@@ -234,7 +279,7 @@ class NemotronHMamba2Mixer(nn.Module):
         if real is not None:
             dt = dt * real.unsqueeze(-1)
             before = conv_state.clone()
-        xBC = self.conv1d(conv_in, conv_state)
+        xBC = self.conv1d(conv_in, conv_state, hub=self._hub("causal_conv1d_update"))
         if real is not None:
             conv_state.copy_(torch.where(real.view(-1, 1, 1), conv_state, before))
         x, B, C = xBC.split([self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1)
@@ -246,6 +291,7 @@ class NemotronHMamba2Mixer(nn.Module):
             B.view(batch, self.n_groups, self.state_size),
             C.view(batch, self.n_groups, self.state_size),
             self.D,
+            hub=self._hub("selective_state_update"),
         )
         return self.out_proj(self.norm(y.view(batch, -1), z)).unsqueeze(1)
 
@@ -295,6 +341,33 @@ class NemotronHMamba2Mixer(nn.Module):
             for t in range(length)
         ]
         return torch.stack(y, dim=1).view(batch, length, -1)
+
+    def _hub(self, name: str) -> Callable[..., Tensor] | None:
+        return put_in_place(self._kernel_funcs[name])
+
+    def _any_hub(self) -> bool:
+        return any(put_in_place(function) is not None for function in self._kernel_funcs.values())
+
+    def _through(self, whole: Callable[..., Tensor], hidden_states: Tensor, seq_idx: Tensor | None) -> Tensor:
+        """A call without cache or padding through one kernel for everything between the projections."""
+        named = {} if seq_idx is None else {"seq_idx": seq_idx.to(torch.int32)}
+        y = whole(
+            self.in_proj(hidden_states),
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            self._decay(),
+            self.D,
+            self.chunk_size,
+            dt_limit=self.time_step_limit,
+            rmsnorm_weight=self.norm.weight,
+            rmsnorm_eps=self.norm.eps,
+            headdim=self.head_dim,
+            ngroups=self.n_groups,
+            norm_before_gate=False,
+            **named,
+        )
+        return self.out_proj(y)  # a module of its own: it may be quantised, or have an adapter
 
     def _split(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """conv_in and dt of recorded inputs (batch, tokens, conv_dim + heads)."""

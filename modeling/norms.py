@@ -9,18 +9,23 @@ from ..kernels_hub.registry import gated_rms_norm, rms_norm
 
 
 class NemotronHRMSNorm(nn.Module):
-    """RMS normalisation over the last dimension, computed in float32, weight included."""
+    """RMS normalisation over the last dimension, computed in float32, weight included.
+
+    Names of attributes and arguments are those that kernels for `RMSNorm` expect; see `hub_functions.py`.
+    """
+
+    kernel_layer_name = "RMSNorm"
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.variance_epsilon = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
+        return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
 
 
 class NemotronHGatedRMSNorm(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels_hub.reference.linear_cross_entropy import linear_cross_entropy
+from ..kernels_hub.registry import linear_cross_entropy
 from .linear import NemotronHLinear
 from .token_layout import TokenLayout
 

@@ -21,7 +21,7 @@ from nemotron_super.kernels_hub.registry import use_kernels
 
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
 HEADS, HEAD_DIM, STATE, GROUPS, CHANNELS, HIDDEN, LATENT, INNER = 128, 64, 128, 8, 10240, 4096, 1024, 2688
-EXPERTS, TOP_K = 512, 22
+EXPERTS, TOP_K, VOCAB = 512, 22, 131072
 BF16, F32 = 2, 4
 
 
@@ -153,9 +153,42 @@ def cases() -> list[tuple]:
         build = lambda b=b: (rand(b, CHANNELS, 4), rand(b, CHANNELS), rand(CHANNELS, 4), rand(CHANNELS))  # noqa: E731
         moved = (10 * b + 5) * CHANNELS * BF16
         found.append(("causal_conv1d_update", f"batch {b}", build, r.causal_conv1d_update, moved, 0, 24, True))
+        build = lambda b=b: (rand(b, HIDDEN), rand(b, HIDDEN), rand(HIDDEN), 1e-5)  # noqa: E731
+        found.append(("add_rms_norm", f"batch {b}", build, r.add_rms_norm, (4 * b + 1) * HIDDEN * BF16, 0, 24, True))
         build = lambda b=b: (rand(b, HIDDEN), rand(HIDDEN), 1e-5)  # noqa: E731
         found.append(("rms_norm", f"batch {b}", build, r.rms_norm, (2 * b + 1) * HIDDEN * BF16, 0, 24, True))
+    for n in (2, 4, 8):  # tokens of one sequence, read again behind a settled state
+        build = lambda n=n: (rand(1, HEADS, HEAD_DIM, STATE, dtype=torch.float32), *scan_inputs(n))  # noqa: E731
+        moved = HEADS * HEAD_DIM * STATE * F32 + n * (2 * HEADS * HEAD_DIM + 2 * GROUPS * STATE) * BF16
+        found.append(("selective_state_replay", f"{n}", build, r.selective_state_replay, moved, 0, 24, True))
+        build = lambda n=n: (rand(1, CHANNELS, 4), rand(1, n, CHANNELS), rand(CHANNELS, 4), rand(CHANNELS))  # noqa: E731
+        moved = (9 + 2 * n) * CHANNELS * BF16
+        found.append(("causal_conv1d_replay", f"{n}", build, r.causal_conv1d_replay, moved, 0, 24, True))
+    for n in (1, 4, 16, 64):
+        for which, out, width in (
+            ("in", 2 * HEADS * HEAD_DIM + 2 * GROUPS * STATE + HEADS, HIDDEN),
+            ("out", HIDDEN, 8192),
+        ):
+            build = lambda n=n, out=out, width=width: (rand(n, width), rand(out, width))  # noqa: E731
+            moved, flops = (out * width + n * (out + width)) * BF16, 2 * n * out * width
+            found.append(
+                ("small_batch_linear", f"{n}, {which}_proj", build, r.small_batch_linear, moved, flops, 6, True)
+            )
     n = 4096
+    build = lambda: (rand(n, HIDDEN), rand(VOCAB, HIDDEN), torch.randint(VOCAB, (n,), device="cuda"))  # noqa: E731
+    # Logits twice, and the two products of the backward; bytes are small beside them.
+    found.append(
+        (
+            "linear_cross_entropy",
+            f"{n} fwd+bwd",
+            build,
+            with_backward(r.linear_cross_entropy),
+            3 * VOCAB * HIDDEN * BF16,
+            8 * n * VOCAB * HIDDEN,
+            1,
+            False,
+        )
+    )
     moved = n * (4 * HEADS * HEAD_DIM + 6 * GROUPS * STATE) * BF16
     flops = 3 * 2 * n * HEADS * (64 * STATE + 64 * HEAD_DIM + 2 * HEAD_DIM * STATE)
     found.append(

@@ -5,6 +5,7 @@ reading or writing outside a kernel's arguments.
 """
 
 import inspect
+import sys
 
 import numpy as np
 import pytest
@@ -217,3 +218,14 @@ def check():
             )
 
     return compare
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The `kernels` library picks a build by torch's backend: let it see CUDA."""
+    backends = pytest.importorskip("kernels.backends")
+    cuda = backends.CUDA(version=backends.Version("13.0"))
+    for module in ("backends", "validate", "variants", "python_deps"):
+        loaded = sys.modules.get(f"kernels.{module}")
+        if loaded is not None and hasattr(loaded, "_backend"):
+            monkeypatch.setattr(loaded, "_backend", lambda: cuda)

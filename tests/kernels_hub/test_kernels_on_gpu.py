@@ -132,6 +132,37 @@ def test_gradients_of_experts(check, tokens):
         assert error <= 2 * allowed + 1e-5, (error, allowed)
 
 
+@pytest.mark.parametrize("tokens, settled", [(1, 0), (4, 2), (8, 8), (24, 16)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_replay(check, batch, tokens, settled):
+    x, dt, A, B, C, D, _, state, _ = scan_inputs(batch, tokens, 128, 8, torch.bfloat16, False)
+    check("selective_state_replay", [state, x, dt, A, B, C, D, settled], grad=False, in_place=1)
+    window, inputs = normal(batch, 10240, 4), normal(batch, tokens, 10240)
+    args = [window, inputs, normal(10240, 4), normal(10240), settled]
+    check("causal_conv1d_replay", args, grad=False, in_place=1)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 3000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_with_residual(check, dtype, rows):
+    args = [normal(rows, 4096, dtype=dtype), normal(rows, 4096, dtype=dtype), normal(4096, dtype=dtype), 1e-5]
+    check("add_rms_norm", args)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 17, 64])
+@pytest.mark.parametrize("out, width", [(18560, 4096), (4096, 8192), (512, 4096), (100, 72)])
+def test_linear_map_of_few_tokens(check, tokens, out, width):
+    args = [normal(tokens, width), normal(out, width, scale=0.02), normal(out)]
+    check("small_batch_linear", args, grad=False)
+
+
+@pytest.mark.parametrize("tokens, vocab, chunk", [(70, 131072, None), (300, 131072, 128), (9, 61, 4)])
+def test_cross_entropy_from_hidden_states(check, tokens, vocab, chunk):
+    targets = torch.randint(vocab, (tokens,), device="cuda")
+    targets[::3] = -100
+    check("linear_cross_entropy", [normal(tokens, 1024), normal(vocab, 1024, scale=0.05), targets, -100, chunk])
+
+
 def test_everything_is_served_by_triton():
     assert registry.report("cuda").count(" triton ") == len(registry.OPS) - len(registry._INTERPRETED_ONLY)
 

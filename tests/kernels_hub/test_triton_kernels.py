@@ -232,6 +232,130 @@ def test_experts_of_few_tokens(check, tokens, experts, data, width, intermediate
     check("moe_experts", [x.to(dtype), index, weights, up.to(dtype), down.to(dtype)], grad=False)
 
 
+@some
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 8),
+    channels=st.sampled_from([1, 7, 128, 130]),
+    kernel=st.integers(2, 5),
+    with_bias=st.booleans(),
+    data=st.data(),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_convolution_replayed(check, batch, tokens, channels, kernel, with_bias, data, dtype, seed):
+    settled = data.draw(st.integers(0, tokens))
+    state, x, weight, bias = normal(
+        seed, (batch, channels, kernel), (batch, tokens, channels), (channels, kernel), (channels,), dtype=dtype
+    )
+    args = [state, x, weight, bias if with_bias else None, settled]
+    check("causal_conv1d_replay", args, grad=False, in_place=1)
+
+
+@some
+@given(
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 8),
+    groups=st.integers(1, 2),
+    per_group=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 5, 16, 20]),
+    state_size=st.sampled_from([1, 3, 16, 33]),
+    data=st.data(),
+    dtype=st.sampled_from(DTYPES),
+    state_dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_state_replayed(check, batch, tokens, groups, per_group, head_dim, state_size, data, dtype, state_dtype, seed):
+    settled = data.draw(st.integers(0, tokens))
+    x, dt, A, B, C, D, _, state = scan_inputs(batch, tokens, groups, per_group, head_dim, state_size, dtype, seed)
+    args = [state.to(state_dtype), x, dt, A, B, C, D, settled]
+    check("selective_state_replay", args, grad=False, in_place=1, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_replaying_is_stepping(dtype):
+    """Drafts that are taken back leave no trace; those that settle are in the state as if they had come one by one."""
+    device = "cuda" if ON_GPU else "cpu"
+    x, dt, A, B, C, D, _, state = (
+        t.to(device) if torch.is_tensor(t) else t for t in scan_inputs(1, 5, 1, 2, 16, 16, dtype, 0)
+    )
+    window, inputs, taps = (t.to(device) for t in normal(1, (1, 24, 4), (1, 5, 24), (24, 4), dtype=dtype))
+    with torch.no_grad(), use_kernels("triton"):
+        stepped, stepped_window = state.clone(), window.clone()
+        y = torch.stack(
+            [registry.selective_state_update(stepped, x[:, t], dt[:, t], A, B[:, t], C[:, t], D) for t in range(5)], 1
+        )
+        out = torch.stack([registry.causal_conv1d_update(stepped_window, inputs[:, t], taps) for t in range(5)], 1)
+        for settled in (0, 2, 5):
+            now, now_window = state.clone(), window.clone()
+            torch.testing.assert_close(registry.selective_state_replay(now, x, dt, A, B, C, D, settled), y)
+            torch.testing.assert_close(registry.causal_conv1d_replay(now_window, inputs, taps, None, settled), out)
+            if settled == 0:
+                assert torch.equal(now, state) and torch.equal(now_window, window)
+            rest = registry.selective_state_replay(now, *(v[:, settled:] for v in (x, dt)), A, B[:, settled:], C[:, settled:], D)  # fmt: skip
+            torch.testing.assert_close(rest, y[:, settled:])
+            rest = registry.causal_conv1d_replay(now_window, inputs[:, settled:], taps)
+            torch.testing.assert_close(rest, out[:, settled:])
+        torch.testing.assert_close(now, stepped)
+        assert torch.equal(now_window, stepped_window)
+
+
+@some
+@given(
+    lead=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    width=st.sampled_from([1, 3, 16, 100]),
+    size=st.sampled_from([1e-3, 1.0, 30.0]),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_norm_with_residual(check, lead, width, size, dtype, seed):
+    x, residual, weight = normal(seed, (*lead, width), (*lead, width), (width,))
+    check("add_rms_norm", [(x * size).to(dtype), (residual * size).to(dtype), weight.to(dtype), 1e-5], seed=seed)
+
+
+@some
+@given(
+    tokens=st.sampled_from([1, 2, 15, 16, 17, 64]),
+    width=st.sampled_from([1, 40, 128, 513, 2048]),
+    rows=st.sampled_from([1, 7, 32, 70]),
+    with_bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_linear_map_of_few_tokens(check, tokens, width, rows, with_bias, dtype, seed):
+    x, weight, bias = normal(seed, (tokens, width), (rows, width), (rows,), dtype=dtype)
+    check("small_batch_linear", [x, weight, bias if with_bias else None], grad=False)
+
+
+@some
+@given(
+    tokens=st.integers(1, 9),
+    width=st.sampled_from([1, 8, 33]),
+    vocab=st.sampled_from([1, 2, 61, 4096, 4100]),
+    chunk=st.sampled_from([1, 4, None]),
+    size=st.sampled_from([0.1, 1.0, 20.0]),
+    ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_cross_entropy_from_hidden_states(check, tokens, width, vocab, chunk, size, ignored, dtype, seed):
+    hidden, weight = normal(seed, (tokens, width), (vocab, width), dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(vocab, (tokens,), generator=generator)
+    targets[torch.rand(tokens, generator=generator) < ignored] = -100
+    check("linear_cross_entropy", [hidden, (weight * size).to(dtype), targets, -100, chunk], seed=seed)
+
+
+def test_targets_and_logits_that_are_no_numbers():
+    """A loss that cannot be right is not a number; a target outside of the vocabulary reads nothing."""
+    device = "cuda" if ON_GPU else "cpu"
+    hidden, weight = torch.randn(4, 8, device=device), torch.randn(20, 8, device=device)
+    hidden[3] = float("nan")
+    with use_kernels("triton"):
+        losses = registry.linear_cross_entropy(hidden, weight, torch.tensor([3, 20, -1, 3], device=device))
+    assert losses.isnan().tolist() == [False, True, True, True]
+
+
 def test_slices_of_a_projection(check):
     """Inputs come as slices of one wide tensor: rows that do not touch."""
     device = "cuda" if ON_GPU else "cpu"
@@ -279,8 +403,17 @@ def test_operator_registration(grad):
     torch.library.opcheck(ops.rms_norm.default, (leaf(3, 8), leaf(3, 8), leaf(8), 1e-5, 4))
     torch.library.opcheck(ops.rms_norm.default, (leaf(3, 8), None, leaf(8), 1e-5, 8))
     torch.library.opcheck(ops.topk_routing.default, (leaf(3, 8), torch.zeros(8, device=device), 2, True, 2.0))
+    torch.library.opcheck(ops.add_rms_norm.default, (leaf(3, 8), leaf(3, 8), leaf(8), 1e-5))
+    targets = torch.tensor([1, -100, 4], device=device)
+    torch.library.opcheck(ops.linear_cross_entropy.default, (leaf(3, 8), leaf(5, 8), targets, -100, 2))
     if not grad:
+        torch.library.opcheck(ops.small_batch_linear.default, (leaf(3, 8), leaf(5, 8), None))
         state = torch.randn(1, 6, 4, device=device)
+        torch.library.opcheck(ops.causal_conv1d_replay.default, (state, leaf(1, 3, 6), leaf(6, 4), None, 2))
+        torch.library.opcheck(
+            ops.selective_state_replay.default,
+            (torch.randn(1, 2, 8, 8, device=device), leaf(1, 3, 2, 8), dt[:, :3], A, leaf(1, 3, 1, 8), leaf(1, 3, 1, 8), leaf(2), 2),
+        )  # fmt: skip
         torch.library.opcheck(ops.causal_conv1d_update.default, (state, leaf(1, 6), leaf(6, 4), None))
         state = torch.randn(1, 2, 8, 8, device=device)
         torch.library.opcheck(

@@ -4,27 +4,38 @@ Every function takes and returns plain tensors; those that need it have a gradie
 `torch.library`, so that `torch.compile` and CUDA graphs go through them. None waits for the device.
 """
 
+from . import layers
+from .add_rms_norm import add_rms_norm
 from .causal_conv1d import causal_conv1d, causal_conv1d_update
+from .linear_cross_entropy import linear_cross_entropy
 from .moe_experts import moe_experts
 from .quantized_experts import fp8_experts, nvfp4_experts
 from .quantized_linear import fp8_linear, nvfp4_linear
+from .replay import causal_conv1d_replay, selective_state_replay
 from .rms_norm import gated_rms_norm, rms_norm
 from .selective_state_update import selective_state_update
+from .small_batch_linear import small_batch_linear
 from .ssd_chunk_scan import ssd_chunk_scan
 from .topk_routing import router_logits, topk_routing
 
 __all__ = [
+    "add_rms_norm",
     "causal_conv1d",
+    "causal_conv1d_replay",
     "causal_conv1d_update",
     "fp8_experts",
     "fp8_linear",
     "gated_rms_norm",
+    "layers",
+    "linear_cross_entropy",
     "moe_experts",
     "nvfp4_experts",
     "nvfp4_linear",
     "rms_norm",
     "router_logits",
+    "selective_state_replay",
     "selective_state_update",
+    "small_batch_linear",
     "ssd_chunk_scan",
     "topk_routing",
 ]
