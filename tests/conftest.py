@@ -5,6 +5,10 @@ All fixtures are of session or module scope, so that hypothesis may use them.
 
 import os
 
+# numpy's BLAS multiplies in Triton's interpreter: like torch below, on one thread, and with no pool of threads that a fork
+# in the same process would have to shut down. It has to be said before numpy is imported, which torch does.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 

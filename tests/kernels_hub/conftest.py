@@ -152,6 +152,8 @@ def _guard_interpreter():
         return call
 
     executor._init_args_hst, interpreter._implicit_cvt = copy_and_note, convert_and_mark
+    # On a CPU the arguments are the tensors themselves: copying them back would copy each storage onto itself.
+    executor._restore_args_dev = lambda self, *args: None
     for name in ("addptr", "splat", "unsplat", "broadcast", "expand_dims", "reshape", "trans", "bitcast", "select"):
         setattr(builder, f"create_{name}", passed_on(getattr(builder, f"create_{name}")))
     for blocks in (interpreter.BlockPointerHandle, interpreter.TensorDescHandle):

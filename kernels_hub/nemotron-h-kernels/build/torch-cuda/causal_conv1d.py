@@ -220,8 +220,8 @@ def _update_kernel(
     HAS_BIAS: tl.constexpr,
     C: tl.constexpr,
 ):
-    batch = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(0) * C + tl.arange(0, C)
+    batch = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * C + tl.arange(0, C)
     k = tl.arange(0, TAPS)
     inside_c = c < channels
     both = inside_c[:, None] & (k < KERNEL)[None, :]
@@ -391,7 +391,7 @@ def _update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, weight = _dense(x), weight.contiguous()
     with on(x):
-        _update_kernel[(triton.cdiv(channels, 128), batch)](
+        _update_kernel[(batch, triton.cdiv(channels, 128))](
             state,
             x,
             weight,

@@ -27,7 +27,7 @@ def _stream_up_kernel(
     x, index, up, hidden, width, inner, x_stride, TOP_K: tl.constexpr, R: tl.constexpr, K: tl.constexpr
 ):
     """hidden[pair] = relu(up[expert] x[token])^2, R rows of it."""
-    pair = tl.program_id(1)
+    pair = tl.program_id(1).to(tl.int64)
     expert = tl.load(index + pair)
     r = tl.program_id(0) * R + tl.arange(0, R)
     k = tl.arange(0, K)
@@ -45,7 +45,7 @@ def _stream_up_kernel(
 @triton.jit
 def _stream_down_kernel(hidden, index, down, y, width, inner, R: tl.constexpr, K: tl.constexpr):
     """y[pair] = down[expert] hidden[pair], R rows of it."""
-    pair = tl.program_id(1)
+    pair = tl.program_id(1).to(tl.int64)
     expert = tl.load(index + pair)
     r = tl.program_id(0) * R + tl.arange(0, R)
     k = tl.arange(0, K)

@@ -39,6 +39,7 @@ def _conv_kernel(
     c = tl.program_id(1) * C + tl.arange(0, C)
     inside = c < channels
     x += batch * x_batch
+    x_seq += tl.full((), 0, tl.int64)
     out += batch * tokens * channels
     window = state + batch * state_batch + c * KERNEL
     for t in range(0, tokens):
@@ -111,6 +112,8 @@ def _state_kernel(
     B += batch * B_batch + group * B_group
     C += batch * C_batch + group * C_group
     y += (batch * tokens * heads + head) * P
+    wide = tl.full((), 0, tl.int64)
+    x_seq, dt_seq, B_seq, C_seq = x_seq + wide, dt_seq + wide, B_seq + wide, C_seq + wide
     for t in range(0, tokens):
         x_p = tl.load(x + t * x_seq + p, mask=p_in, other=0.0).to(tl.float32)
         step = tl.load(dt + t * dt_seq).to(tl.float32)

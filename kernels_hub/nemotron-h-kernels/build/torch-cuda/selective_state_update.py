@@ -41,10 +41,10 @@ def _update_kernel(
     BP: tl.constexpr,
     BN: tl.constexpr,
 ):
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
     group = head // per_group
-    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    p = tl.program_id(1) * BP + tl.arange(0, BP)
     n = tl.arange(0, BN)
     p_in, n_in = p < P, n < N
     both = p_in[:, None] & n_in[None, :]
@@ -71,7 +71,7 @@ def _update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tenso
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = min(_ROWS, triton.next_power_of_2(head_dim))
     with on(x):
-        _update_kernel[(triton.cdiv(head_dim, rows), batch * heads)](
+        _update_kernel[(batch * heads, triton.cdiv(head_dim, rows))](
             state,
             x,
             dt,

@@ -37,7 +37,7 @@ def _stream_kernel(
     EXACT: tl.constexpr,
 ):
     part = tl.program_id(1)
-    t = tl.arange(0, T)
+    t = tl.arange(0, T).to(tl.int64)
     r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     k = tl.arange(0, K)
     t_in, r_in = t < tokens, r < rows
@@ -59,13 +59,13 @@ def _stream_kernel(
             total = tl.dot(token, tl.trans(w), total)
     if HAS_BIAS:
         total += tl.load(bias + r, mask=r_in, other=0.0).to(tl.float32)[None, :]
-    place = out + (part * tokens + t).to(tl.int64)[:, None] * rows + r[None, :]
+    place = out + (part * tokens + t)[:, None] * rows + r[None, :]
     tl.store(place, total.to(out.dtype.element_ty), mask=t_in[:, None] & r_in[None, :])
 
 
 @triton.jit
 def _add_parts_kernel(parts, bias, out, count, rows, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, SIZE: tl.constexpr):
-    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = i < count
     total = tl.zeros([SIZE], tl.float32)
     for part in tl.static_range(PARTS):

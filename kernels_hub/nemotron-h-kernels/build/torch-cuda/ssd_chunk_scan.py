@@ -154,7 +154,7 @@ def _scan_kernel(
     EXACT: tl.constexpr,
 ):
     batch = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
     group = head // per_group
     i, p, n = tl.arange(0, L), tl.arange(0, BP), tl.arange(0, BN)
     p_in, n_in = p < P, n < N
@@ -227,7 +227,7 @@ def _leaving_kernel(
 ):
     """From the last chunk to the first: the gradient of the state each chunk hands on. One program walks one head."""
     batch = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
     i, p, n = tl.arange(0, L), tl.arange(0, BP), tl.arange(0, BN)
     p_in, n_in = p < P, n < N
     in_state = p[:, None] * N + n[None, :]
@@ -300,7 +300,7 @@ def _chunk_backward_kernel(
 ):
     """All gradients of one chunk of one head, from the state that enters it and the gradient of the one that leaves."""
     batch = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
     group = head // per_group
     i, p, n = tl.arange(0, L), tl.arange(0, BP), tl.arange(0, BN)
     p_in, n_in = p < P, n < N

@@ -1,0 +1,199 @@
+"""What tensors may look like besides large and dense: far apart, misaligned, empty, all on one expert.
+
+Every kernel either gives the reference's result or says why it does not serve.
+"""
+
+import pytest
+import torch
+from nemotron_super.kernels_hub import registry
+from nemotron_super.kernels_hub.registry import KernelError, use_kernels
+
+ON_GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
+P, N = (64, 128) if ON_GPU else (4, 4)
+FAR = 1 << 30  # elements between neighbours: the third one lies beyond what 32 bits can address
+TAPS = 4
+
+
+def normal(*shape, dtype=DTYPE):
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+@pytest.fixture
+def apart(tmp_path):
+    """`apart(x, dim)`: x in a storage where neighbours along `dim` are 2^30 elements apart, without the memory for it."""
+
+    def build(x, dim):
+        if x.device.type == "cuda":
+            far = torch.empty(x.shape[dim] * FAR, dtype=x.dtype, device="cuda")
+        else:  # a file without contents takes no space
+            path = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+            far = torch.from_file(str(path), shared=True, size=x.shape[dim] * FAR, dtype=x.dtype)
+        strides = list(torch.empty([1 if d == dim else n for d, n in enumerate(x.shape)]).stride())
+        strides[dim] = FAR
+        return far.as_strided(x.shape, strides).copy_(x)
+
+    return build
+
+
+def step_inputs(batch=3, heads=3, groups=3):
+    dt, A, D = torch.rand(batch, heads), -torch.rand(heads), torch.rand(heads)
+    return (
+        normal(batch, heads, P, N, dtype=torch.float32),
+        *(normal(batch, heads, P), dt.to(DEVICE), A.to(DEVICE), normal(batch, groups, N), normal(batch, groups, N)),
+        D.to(DEVICE),
+    )
+
+
+def scan_inputs(batch=1, length=3, heads=3, groups=3):
+    dt, A, D = torch.rand(batch, length, heads), -torch.rand(heads), torch.rand(heads)
+    B, C = normal(batch, length, groups, N), normal(batch, length, groups, N)
+    return normal(batch, length, heads, P), dt.to(DEVICE), A.to(DEVICE), B, C, D.to(DEVICE)
+
+
+def replay_inputs():
+    x, *rest = scan_inputs()
+    return normal(1, 3, P, N, dtype=torch.float32), x, *rest, 2
+
+
+def expert_inputs(tokens=3, experts=4, index=None):
+    weights = torch.rand(tokens, 2, device=DEVICE)
+    index = torch.tensor([[0, 1], [3, 1], [1, 0]], device=DEVICE)[:tokens] if index is None else index
+    return normal(tokens, 16), index, weights, normal(experts, 8, 16), normal(experts, 16, 8)
+
+
+# (op, arguments, which of them is torn apart, along which dimension)
+FAR_APART = [
+    ("rms_norm", lambda: (normal(3, 16), normal(16), 1e-5), 0, 0),
+    ("gated_rms_norm", lambda: (normal(3, 16), normal(3, 16), normal(16), 1e-5, 8), 1, 0),
+    ("add_rms_norm", lambda: (normal(3, 16), normal(3, 16), normal(16), 1e-5), 1, 0),
+    ("causal_conv1d", lambda: (normal(3, 5, 16), normal(16, TAPS)), 0, 0),
+    ("causal_conv1d", lambda: (normal(1, 3, 16), normal(16, TAPS)), 0, 1),
+    ("causal_conv1d_update", lambda: (normal(3, 16, TAPS), normal(3, 16), normal(16, TAPS)), 0, 0),
+    ("causal_conv1d_update", lambda: (normal(3, 16, TAPS), normal(3, 16), normal(16, TAPS)), 1, 0),
+    ("causal_conv1d_replay", lambda: (normal(1, 16, TAPS), normal(1, 3, 16), normal(16, TAPS), None, 1), 1, 1),
+    ("selective_state_update", step_inputs, 0, 0),
+    ("selective_state_update", step_inputs, 0, 1),
+    ("selective_state_update", step_inputs, 1, 1),
+    ("selective_state_update", step_inputs, 4, 1),
+    ("selective_state_replay", replay_inputs, 0, 1),
+    ("selective_state_replay", replay_inputs, 1, 1),
+    ("selective_state_replay", replay_inputs, 1, 2),
+    ("selective_state_replay", replay_inputs, 4, 1),
+    ("ssd_chunk_scan", scan_inputs, 0, 1),
+    ("ssd_chunk_scan", scan_inputs, 0, 2),
+    ("ssd_chunk_scan", scan_inputs, 1, 1),
+    ("ssd_chunk_scan", scan_inputs, 3, 2),
+    ("ssd_chunk_scan", scan_inputs, 4, 1),
+    ("small_batch_linear", lambda: (normal(3, 16), normal(8, 16)), 0, 0),
+    ("small_batch_linear", lambda: (normal(16, 16), normal(3, 16)), 1, 0),
+    ("moe_experts", expert_inputs, 0, 0),
+]
+
+
+def served(op, args):
+    """Results and the state that was written, if any."""
+    with torch.no_grad(), use_kernels("triton"):
+        out = getattr(registry, op)(*args)
+    return [*(out if isinstance(out, tuple) else (out,)), args[0]]
+
+
+@pytest.mark.parametrize("op, build, which, dim", FAR_APART)
+def test_neighbours_beyond_32_bits(apart, op, build, which, dim):
+    torch.manual_seed(0)
+    args = build()
+    torn = [a.clone() if torch.is_tensor(a) else a for a in args]
+    torn[which] = apart(args[which], dim)
+    for found, expected in zip(served(op, torn), served(op, list(args)), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(ON_GPU, reason="backwards take gigabytes of scratch memory at these strides")
+@pytest.mark.parametrize("which, dim", [(0, 2), (1, 1), (3, 2), (4, 1)])
+def test_gradients_of_the_scan_beyond_32_bits(apart, which, dim):
+    torch.manual_seed(0)
+    args = scan_inputs()
+    grads = []
+    for tear in (False, True):
+        leaves = [a.clone() for a in args]
+        leaves[which] = apart(args[which], dim) if tear else leaves[which]
+        # A leaf of its own, and the operator's backward called as autograd calls it: gradients come dense.
+        grads.append(
+            torch.ops.nemotron_h_kernels.ssd_chunk_scan_backward(torch.ones_like(args[0]), None, *leaves, None, None)
+        )
+    for found, expected in zip(*grads, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_tensors_that_begin_anywhere():
+    """A view that begins at an odd element, so that no load of several elements is aligned."""
+    torch.manual_seed(0)
+
+    def shifted(x):
+        return torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(x.shape).copy_(x)
+
+    for op, build, *_ in FAR_APART:
+        args = build()
+        moved = [shifted(a) if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+        for found, expected in zip(served(op, moved), served(op, list(args)), strict=True):
+            torch.testing.assert_close(found, expected, msg=op)
+
+
+@pytest.mark.parametrize("index", [[[1, 2], [1, 2], [1, 2]], [[3, 0], [0, 3], [3, 0]]])
+def test_all_tokens_on_the_same_experts(check, index):
+    """The other experts have no token."""
+    check("moe_experts", list(expert_inputs(index=torch.tensor(index))), grad=False)
+
+
+def test_nothing_at_all():
+    """No rows, no tokens, no positions: empty results, as the reference gives them."""
+    weight, taps = normal(16), normal(16, TAPS)
+    empty = torch.empty(0, 2, dtype=torch.int64, device=DEVICE)
+    for op, args in (
+        ("rms_norm", (normal(0, 16), weight, 1e-5)),
+        ("gated_rms_norm", (normal(2, 0, 16), normal(2, 0, 16), weight, 1e-5, 8)),
+        ("add_rms_norm", (normal(0, 16), normal(0, 16), weight, 1e-5)),
+        ("causal_conv1d", (normal(2, 0, 16), taps)),
+        ("causal_conv1d", (normal(0, 5, 16), taps)),
+        ("causal_conv1d_update", (normal(0, 16, TAPS), normal(0, 16), taps)),
+        ("causal_conv1d_replay", (normal(0, 16, TAPS), normal(0, 2, 16), taps)),
+        ("selective_state_update", step_inputs(batch=0)),
+        ("topk_routing", (normal(0, 8, dtype=torch.float32), normal(8, dtype=torch.float32), 2)),
+        ("small_batch_linear", (normal(0, 16), normal(8, 16))),
+        ("linear_cross_entropy", (normal(0, 16), normal(8, 16), empty[:, 0])),
+    ):
+        found = served(op, [a.clone() if torch.is_tensor(a) else a for a in args])
+        with torch.no_grad(), use_kernels("torch"):
+            expected = getattr(registry, op)(*args)
+        for a, b in zip(found, (*(expected if isinstance(expected, tuple) else (expected,)), args[0]), strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype and a.numel() == 0, op
+    nobody = (normal(0, 16), empty, torch.empty(0, 2, device=DEVICE), *expert_inputs()[3:])
+    assert served("moe_experts", nobody)[0].shape == (0, 16)
+    with use_kernels("triton"), pytest.raises(KernelError, match="`x` is empty"):
+        registry.ssd_chunk_scan(*scan_inputs(length=0))
+
+
+def test_documents_of_one_token_and_of_none(check):
+    """Ids that skip numbers, as where documents of length zero were dropped, and documents of a single position."""
+    args = [*scan_inputs(length=9), 64, None, torch.tensor([[4, 7, 7, 9, 12, 12, 12, 13, 20]])]
+    check("ssd_chunk_scan", args, floors={4: 1e-4})
+    check("causal_conv1d", [normal(1, 9, 16), normal(16, TAPS), None, None, args[-1]])
+
+
+@pytest.mark.parametrize(
+    "op, args, words",
+    [
+        ("causal_conv1d_replay", lambda: (normal(1, 16, TAPS), normal(1, 3, 16), normal(16, TAPS), None, 4), "`settled` is 4"),
+        ("selective_state_replay", lambda: (*replay_inputs()[:-1], -1), "`settled` is -1"),
+        ("selective_state_replay", lambda: (replay_inputs()[0].mT, *replay_inputs()[1:]), "`state` has strides"),
+        ("small_batch_linear", lambda: (normal(65, 16), normal(8, 16)), "up to 64 tokens"),
+        ("small_batch_linear", lambda: (normal(3, 16), normal(8, 16).double()), "float64"),
+        ("add_rms_norm", lambda: (normal(3, 16), normal(3, 16).double(), normal(16), 1e-5), "float64"),
+        ("linear_cross_entropy", lambda: (normal(3, 16), normal(8, 16), torch.zeros(3, device=DEVICE)), "wants int64"),
+        ("linear_cross_entropy", lambda: (normal(3, 16), normal(8, 15), torch.zeros(3, device=DEVICE).long()), "(8, 15)"),
+    ],
+)  # fmt: skip
+def test_refused(op, args, words):
+    with torch.no_grad(), use_kernels("triton"), pytest.raises(KernelError) as error:
+        getattr(registry, op)(*args())
+    assert words in str(error.value) and op in str(error.value)
