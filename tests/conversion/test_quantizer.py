@@ -461,8 +461,10 @@ def test_fetched_experts(full, recipe):
     index = torch.tensor([[5, 2], [2, 0], [5, 0]])
     scales = experts.up_proj_input_scale, experts.down_proj_input_scale
     for given in (None, scales):
-        up, down, fetched, renumbered = _fetch(experts.stored("up_proj"), experts.stored("down_proj"), given, index)
+        stored = experts.stored("up_proj"), experts.stored("down_proj")
+        up, down, fetched, renumbered, chosen = _fetch(*stored, given, index)
         assert all(len(tensor) == 3 for tensor in (*up, *down)) and renumbered.tolist() == [[2, 1], [1, 0], [2, 0]]
+        assert chosen.tolist() == [0, 2, 5]
         found = experts.weight_format.experts(x, renumbered, weights, up, down, fetched)
         experts.simulate_activations = given is not None
         assert found.equal(experts(x, index, weights))

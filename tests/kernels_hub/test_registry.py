@@ -204,6 +204,9 @@ def test_the_kernels_library_loads_the_repository(as_on_a_gpu, monkeypatch):
             assert registry.rms_norm.choose(x, weight, eps)[0] == "hub"
             found = registry.rms_norm(x, weight, eps)
         torch.testing.assert_close(found, registry.rms_norm(x, weight, eps), rtol=1e-6, atol=1e-6)
+        # Operators of one name would take each other down: whoever still held the first died in the next call.
+        namespaces = [registry._repositories[0]._ops.NAMESPACE, registry._bundle()._ops.NAMESPACE]
+        assert namespaces[0] != namespaces[1]
     finally:
         for op in registry.OPS.values():
             op.kernels.pop("hub", None)

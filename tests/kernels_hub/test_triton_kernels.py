@@ -392,7 +392,7 @@ def test_operator_registration(grad):
     def leaf(*shape, dtype=torch.float32):
         return torch.randn(shape, device=device, dtype=dtype, requires_grad=grad)
 
-    ops = torch.ops.nemotron_h_kernels
+    ops = registry._bundle()._ops.ops
     with use_kernels("triton"):
         test_slices_of_a_projection(None)
     x, B, C = (leaf(1, 20, n, width, dtype=SCAN_DTYPE) for n, width in ((2, P), (1, N), (1, N)))

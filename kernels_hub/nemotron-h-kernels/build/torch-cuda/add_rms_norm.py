@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import as_operator, block, on, rows_of
+from ._ops import add_op_namespace_prefix, ops
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[
     return out, total
 
 
-@torch.library.custom_op("nemotron_h_kernels::add_rms_norm", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("add_rms_norm"), mutates_args=())
 def _op(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return _add_norm(x, residual, weight, eps)
 
@@ -69,9 +70,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_out, grad_total):
     total, weight = ctx.saved_tensors
-    grad, _, grad_weight = torch.ops.nemotron_h_kernels.rms_norm_backward(
-        grad_out, total, None, weight, ctx.eps, total.shape[-1]
-    )
+    grad, _, grad_weight = ops.rms_norm_backward(grad_out, total, None, weight, ctx.eps, total.shape[-1])
     grad = grad + grad_total
     return grad, grad, grad_weight, None
 

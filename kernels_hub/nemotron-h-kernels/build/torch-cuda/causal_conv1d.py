@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import as_operator, on
+from ._ops import add_op_namespace_prefix, ops
 
 _POSITIONS, _CHANNELS = 32, 128  # of a tile
 _BACKWARD_PROGRAMS = 64  # along the sequence: each sums its own tiles' share of the weight's gradient
@@ -273,7 +274,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, 
     return out
 
 
-@torch.library.custom_op("nemotron_h_kernels::causal_conv1d", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("causal_conv1d"), mutates_args=())
 def _conv_op(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
     return _conv(x, weight, bias, state, seq_idx)
 
@@ -283,7 +284,7 @@ def _(x, weight, bias, state, seq_idx):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("nemotron_h_kernels::causal_conv1d_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("causal_conv1d_backward"), mutates_args=())
 def _conv_backward_op(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -357,9 +358,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad):
     x, weight, bias, state, seq_idx = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias, grad_state = torch.ops.nemotron_h_kernels.causal_conv1d_backward(
-        grad, x, weight, bias, state, seq_idx
-    )
+    grad_x, grad_weight, grad_bias, grad_state = ops.causal_conv1d_backward(grad, x, weight, bias, state, seq_idx)
     grad_bias = None if bias is None else grad_bias.to(bias.dtype)
     return grad_x, grad_weight, grad_bias, None if state is None else grad_state.to(state.dtype), None
 
@@ -409,7 +408,7 @@ def _update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return out
 
 
-@torch.library.custom_op("nemotron_h_kernels::causal_conv1d_update", mutates_args={"state"})
+@torch.library.custom_op(add_op_namespace_prefix("causal_conv1d_update"), mutates_args={"state"})
 def _update_op(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _update(state, x, weight, bias)
 

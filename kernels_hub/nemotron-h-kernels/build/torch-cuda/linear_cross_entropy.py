@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import on
+from ._ops import add_op_namespace_prefix, ops
 
 _LOGITS_AT_ONCE = 1 << 27  # 256 MiB in bfloat16
 _BLOCK = 4096  # of the vocabulary
@@ -65,7 +66,7 @@ def _rows_at_once(weight: Tensor, chunk: int) -> int:
     return chunk or max(1, _LOGITS_AT_ONCE // weight.shape[0])
 
 
-@torch.library.custom_op("nemotron_h_kernels::linear_cross_entropy", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("linear_cross_entropy"), mutates_args=())
 def _loss_op(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk: int) -> tuple[Tensor, Tensor]:
     tokens, vocab = hidden.shape[0], weight.shape[0]
     losses, logsumexp = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
@@ -87,7 +88,7 @@ def _(hidden, weight, targets, ignore_index, chunk):
     )
 
 
-@torch.library.custom_op("nemotron_h_kernels::linear_cross_entropy_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("linear_cross_entropy_backward"), mutates_args=())
 def _loss_backward_op(
     grad: Tensor,
     hidden: Tensor,
@@ -134,7 +135,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, grad, _):
     hidden, weight, targets, logsumexp = ctx.saved_tensors
     for_hidden, for_weight = ctx.needs_input_grad[:2]
-    grad_hidden, grad_weight = torch.ops.nemotron_h_kernels.linear_cross_entropy_backward(
+    grad_hidden, grad_weight = ops.linear_cross_entropy_backward(
         grad, hidden, weight, targets, logsumexp, ctx.ignore_index, ctx.chunk, for_hidden, for_weight
     )
     return grad_hidden if for_hidden else None, grad_weight if for_weight else None, None, None, None

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import as_operator, on
+from ._ops import add_op_namespace_prefix, ops
 
 # Up to here pairs rarely share an expert (512 experts, top-22), so each pair reads weights of its own.
 _FEW = 16
@@ -191,7 +192,7 @@ def _many_tokens(
     return _combine(_grouped(squared, down, ends), inverse, weights, tokens, top_k, x), hidden
 
 
-@torch.library.custom_op("nemotron_h_kernels::moe_experts", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("moe_experts"), mutates_args=())
 def _experts_op(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return _many_tokens(x, index, weights, up, down, keep_hidden=True)
 
@@ -201,7 +202,7 @@ def _(x, index, weights, up, down):
     return x.new_empty(x.shape), x.new_empty(index.shape[0] * index.shape[1], up.shape[1])
 
 
-@torch.library.custom_op("nemotron_h_kernels::moe_experts_decode", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("moe_experts_decode"), mutates_args=())
 def _decode_op(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return _few_tokens(x, index, weights, up, down)
 
@@ -211,7 +212,7 @@ def _(x, index, weights, up, down):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("nemotron_h_kernels::moe_experts_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("moe_experts_backward"), mutates_args=())
 def _experts_backward_op(
     grad: Tensor, x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -254,9 +255,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad, _):
     x, index, weights, up, down, hidden = ctx.saved_tensors
-    grad_x, grad_weights, grad_up, grad_down = torch.ops.nemotron_h_kernels.moe_experts_backward(
-        grad, x, index, weights, up, down, hidden
-    )
+    grad_x, grad_weights, grad_up, grad_down = ops.moe_experts_backward(grad, x, index, weights, up, down, hidden)
     return grad_x, None, grad_weights, grad_up, grad_down
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._launch import as_operator, on
+from ._ops import add_op_namespace_prefix, ops
 from ._packed import Packed, stream, tiles
 from .moe_experts import _between_products_kernel, _combine, _relu_squared, _sorted_pairs
 
@@ -49,7 +50,7 @@ def _many_tokens(
     return _combine(y, inverse, weights, tokens, top_k, x), hidden
 
 
-@torch.library.custom_op("nemotron_h_kernels::quantized_experts", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("quantized_experts"), mutates_args=())
 def _experts_op(
     x: Tensor,
     index: Tensor,
@@ -70,7 +71,7 @@ def _(x, index, weights, up, up_block_scale, up_scale, down, down_block_scale, d
     return x.new_empty(x.shape), x.new_empty(index.shape[0] * index.shape[1], up.shape[1])
 
 
-@torch.library.custom_op("nemotron_h_kernels::quantized_experts_inference", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("quantized_experts_inference"), mutates_args=())
 def _inference_op(
     x: Tensor,
     index: Tensor,
@@ -97,7 +98,7 @@ def _inference(x: Tensor, index: Tensor, weights: Tensor, up: tuple, down: tuple
     return _many_tokens(x, index, weights, up, down, keep_hidden=False)[0]
 
 
-@torch.library.custom_op("nemotron_h_kernels::quantized_experts_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("quantized_experts_backward"), mutates_args=())
 def _backward_op(
     grad: Tensor,
     index: Tensor,
@@ -142,7 +143,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad, _):
-    grads = torch.ops.nemotron_h_kernels.quantized_experts_backward(grad, *ctx.saved_tensors)
+    grads = ops.quantized_experts_backward(grad, *ctx.saved_tensors)
     return grads[0], None, grads[1], *(None,) * 6
 
 

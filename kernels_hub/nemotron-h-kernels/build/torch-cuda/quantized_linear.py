@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import as_operator, rows_of
+from ._ops import add_op_namespace_prefix, ops
 from ._packed import Packed, shape_of, stream, tiles, unpack
 
 _FEW = 64
@@ -28,7 +29,7 @@ def _linear(x: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-@torch.library.custom_op("nemotron_h_kernels::quantized_linear", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("quantized_linear"), mutates_args=())
 def _linear_op(x: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
     return _linear(x, weight, block_scale, scale)
 
@@ -38,7 +39,7 @@ def _(x, weight, block_scale, scale):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("nemotron_h_kernels::quantized_linear_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("quantized_linear_backward"), mutates_args=())
 def _backward_op(grad: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
     return grad @ unpack((weight, None if block_scale is None else block_scale.view(torch.uint8), scale), grad.dtype)
 
@@ -53,7 +54,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad):
-    return torch.ops.nemotron_h_kernels.quantized_linear_backward(grad, *ctx.saved_tensors), None, None, None
+    return ops.quantized_linear_backward(grad, *ctx.saved_tensors), None, None, None
 
 
 _linear_op.register_autograd(_autograd, setup_context=_setup_context)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import block, on
+from ._ops import add_op_namespace_prefix
 
 _ROWS = 16  # of the state a program advances, as for one token
 _CHANNELS = 128
@@ -195,7 +196,7 @@ def _state(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
     return y
 
 
-@torch.library.custom_op("nemotron_h_kernels::causal_conv1d_replay", mutates_args={"state"})
+@torch.library.custom_op(add_op_namespace_prefix("causal_conv1d_replay"), mutates_args={"state"})
 def _conv_op(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settled: int) -> Tensor:
     return _conv(state, x, weight, bias, settled)
 
@@ -205,7 +206,7 @@ def _(state, x, weight, bias, settled):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("nemotron_h_kernels::selective_state_replay", mutates_args={"state"})
+@torch.library.custom_op(add_op_namespace_prefix("selective_state_replay"), mutates_args={"state"})
 def _state_op(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, settled: int
 ) -> Tensor:

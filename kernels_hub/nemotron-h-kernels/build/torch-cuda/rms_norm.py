@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import as_operator, block, on, rows_of
+from ._ops import add_op_namespace_prefix, ops
 
 _PROGRAMS = 264  # of the backward: two for each multiprocessor of an H100
 
@@ -114,7 +115,7 @@ def _norm(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: i
     return out
 
 
-@torch.library.custom_op("nemotron_h_kernels::rms_norm", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("rms_norm"), mutates_args=())
 def _norm_op(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int) -> Tensor:
     return _norm(y, z, weight, eps, group_size)
 
@@ -124,7 +125,7 @@ def _(y, z, weight, eps, group_size):
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("nemotron_h_kernels::rms_norm_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("rms_norm_backward"), mutates_args=())
 def _norm_backward_op(
     grad: Tensor, y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,9 +176,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad):
     y, z, weight = ctx.saved_tensors
-    grad_y, grad_z, grad_weight = torch.ops.nemotron_h_kernels.rms_norm_backward(
-        grad, y, z, weight, ctx.eps, ctx.group_size
-    )
+    grad_y, grad_z, grad_weight = ops.rms_norm_backward(grad, y, z, weight, ctx.eps, ctx.group_size)
     return grad_y, None if z is None else grad_z, grad_weight, None, None
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import block, on
+from ._ops import add_op_namespace_prefix
 
 _ROWS = 16  # of the state a program advances: small enough for hundreds of programs at batch 1
 
@@ -100,7 +101,7 @@ def _update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tenso
     return y
 
 
-@torch.library.custom_op("nemotron_h_kernels::selective_state_update", mutates_args={"state"})
+@torch.library.custom_op(add_op_namespace_prefix("selective_state_update"), mutates_args={"state"})
 def _update_op(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     return _update(state, x, dt, A, B, C, D)
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import on
+from ._ops import add_op_namespace_prefix
 
 MOST_TOKENS = 64
 _ROWS, _INNER = 32, 128  # of the weight: a program's tile
@@ -115,7 +116,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-@torch.library.custom_op("nemotron_h_kernels::small_batch_linear", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("small_batch_linear"), mutates_args=())
 def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _linear(x, weight, bias)
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import as_operator, block, on
+from ._ops import add_op_namespace_prefix, ops
 
 # head_dim and state_size of all published Nemotron-H models. Compiled by Triton 3.6 with smaller blocks, a product in the
 # backward reads out of bounds (compute-sanitizer says so at 20 x 3), so other sizes are refused.
@@ -465,7 +466,7 @@ def _scan(
     return y, arguments.scan(0, x.shape[1], initial, y)
 
 
-@torch.library.custom_op("nemotron_h_kernels::ssd_chunk_scan", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("ssd_chunk_scan"), mutates_args=())
 def _scan_op(
     x: Tensor,
     dt: Tensor,
@@ -489,7 +490,7 @@ def _(x, dt, A, B, C, D, initial_state, seq_idx):
     return x.new_empty(x.shape), _fake_state(x, B)
 
 
-@torch.library.custom_op("nemotron_h_kernels::ssd_chunk_scan_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("ssd_chunk_scan_backward"), mutates_args=())
 def _backward_op(
     grad_y: Tensor,
     grad_final: Tensor | None,
@@ -600,9 +601,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_y, grad_final):
     *tensors, initial_state, seq_idx = ctx.saved_tensors
-    *grads, grad_initial = torch.ops.nemotron_h_kernels.ssd_chunk_scan_backward(
-        grad_y, grad_final, *tensors, initial_state, seq_idx
-    )
+    *grads, grad_initial = ops.ssd_chunk_scan_backward(grad_y, grad_final, *tensors, initial_state, seq_idx)
     return *grads, None if initial_state is None else grad_initial.to(initial_state.dtype), None
 
 

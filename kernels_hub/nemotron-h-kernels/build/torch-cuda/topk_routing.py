@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import as_operator, block, on
+from ._ops import add_op_namespace_prefix, ops
 
 
 @triton.jit
@@ -107,7 +108,7 @@ def _route(logits: Tensor, bias: Tensor, top_k: int, normalise: bool, scale: flo
     return weights, index
 
 
-@torch.library.custom_op("nemotron_h_kernels::topk_routing", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("topk_routing"), mutates_args=())
 def _route_op(logits: Tensor, bias: Tensor, top_k: int, normalise: bool, scale: float) -> tuple[Tensor, Tensor]:
     return _route(logits, bias, top_k, normalise, scale)
 
@@ -118,7 +119,7 @@ def _(logits, bias, top_k, normalise, scale):
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("nemotron_h_kernels::topk_routing_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("topk_routing_backward"), mutates_args=())
 def _route_backward_op(grad: Tensor, logits: Tensor, index: Tensor, normalise: bool, scale: float) -> Tensor:
     tokens, experts = logits.shape
     top_k = index.shape[1]
@@ -155,7 +156,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_weights, _):
     logits, index = ctx.saved_tensors
-    grad = torch.ops.nemotron_h_kernels.topk_routing_backward(grad_weights, logits, index, ctx.normalise, ctx.scale)
+    grad = ops.topk_routing_backward(grad_weights, logits, index, ctx.normalise, ctx.scale)
     return grad, None, None, None, None
 
 
@@ -173,7 +174,7 @@ def _split_product(a: Tensor, b: Tensor) -> Tensor:
     return _product(high, b) + _product((a - high).to(b.dtype), b)
 
 
-@torch.library.custom_op("nemotron_h_kernels::router_logits", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("router_logits"), mutates_args=())
 def _logits_op(x: Tensor, weight: Tensor) -> Tensor:
     return _product(x, weight.t())
 
@@ -183,7 +184,7 @@ def _(x, weight):
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("nemotron_h_kernels::router_logits_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("router_logits_backward"), mutates_args=())
 def _logits_backward_op(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return _split_product(grad, weight).to(x.dtype), _split_product(grad.t(), x).to(weight.dtype)
 
@@ -198,7 +199,7 @@ def _logits_setup(ctx, inputs, output) -> None:
 
 
 def _logits_autograd(ctx, grad):
-    return torch.ops.nemotron_h_kernels.router_logits_backward(grad, *ctx.saved_tensors)
+    return ops.router_logits_backward(grad, *ctx.saved_tensors)
 
 
 _logits_op.register_autograd(_logits_autograd, setup_context=_logits_setup)
