@@ -34,6 +34,7 @@ from . import conventions
 from .reference.add_rms_norm import add_rms_norm as _add_rms_norm
 from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
 from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
+from .reference.linear import linear as _linear
 from .reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from .reference.moe_experts import moe_experts as _moe_experts
 from .reference.quantized_experts import fp8_experts as _fp8_experts
@@ -45,7 +46,6 @@ from .reference.replay import selective_state_replay as _selective_state_replay
 from .reference.rms_norm import gated_rms_norm as _gated_rms_norm
 from .reference.rms_norm import rms_norm as _rms_norm
 from .reference.selective_state_update import selective_state_update as _selective_state_update
-from .reference.small_batch_linear import small_batch_linear as _small_batch_linear
 from .reference.ssd_chunk_scan import ssd_chunk_scan as _ssd_chunk_scan
 from .reference.stochastic_round import STOCHASTIC
 from .reference.topk_routing import router_logits as _router_logits
@@ -249,8 +249,8 @@ def _replayed(x: Tensor, settled: int) -> str | None:
 def _small_linear_limits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return "the kernel has no gradient: call it under `torch.no_grad()`"
-    if x.dim() != 2 or x.shape[0] > 64:
-        return f"`x` is {tuple(x.shape)}, the kernel serves (tokens, in) with up to 64 tokens"
+    if x.numel() > 64 * x.shape[-1]:
+        return f"`x` is {tuple(x.shape)}, the kernel serves (..., in) with up to 64 tokens in all"
     if weight.dtype != x.dtype:
         return f"`x` and `weight` are {x.dtype} and {weight.dtype}: the kernel wants one dtype"
     return _dtype_of("x", x)
@@ -328,7 +328,7 @@ fp8_linear = Op("fp8_linear", _fp8_linear, _fp8_linear_limits)
 nvfp4_experts = Op("nvfp4_experts", _nvfp4_experts, _packed_experts_limits)
 fp8_experts = Op("fp8_experts", _fp8_experts, _packed_experts_limits)
 linear_cross_entropy = Op("linear_cross_entropy", _linear_cross_entropy, _cross_entropy_limits)
-small_batch_linear = Op("small_batch_linear", _small_batch_linear, _small_linear_limits)
+small_batch_linear = Op("small_batch_linear", _linear, _small_linear_limits)
 # Made of other ops: where these kernels do not serve, what serves those does.
 causal_conv1d_replay = Op(
     "causal_conv1d_replay", functools.partial(_causal_conv1d_replay, conv=causal_conv1d), _conv_replay_limits

@@ -50,20 +50,14 @@ def test_models_call_the_registry(make_model, monkeypatch):
         model = make_model("E", hidden_size=32, moe_latent_size=16, moe_intermediate_size=16)
         quantize_model(model, NVFP4Config(recipe=recipe))(torch.tensor([[3, 4, 5]]))
     # For training, for drafted tokens, and what nothing calls before it was measured on a GPU.
-    others = {
-        "linear_cross_entropy",
-        "causal_conv1d_replay",
-        "selective_state_replay",
-        "add_rms_norm",
-        "small_batch_linear",
-    }
+    others = {"linear_cross_entropy", "causal_conv1d_replay", "selective_state_replay", "add_rms_norm"}
     assert served == set(registry.OPS) - others
     served.clear()
     model = make_model("MEM*E", num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*E")
     ids = torch.tensor([[3, 4, 5]])
     model.train()(ids, labels=ids)
     model.eval().generate(ids, max_new_tokens=6, min_new_tokens=6, use_mtp=True)
-    assert served >= others - {"add_rms_norm", "small_batch_linear"}
+    assert served >= others - {"add_rms_norm"}
 
 
 @interpreted

@@ -130,11 +130,14 @@ def small_batch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     """A linear map of a few tokens. Has no gradient.
 
     Args:
-        x: (tokens, in), up to 64 tokens, bfloat16 or float32.
+        x: (..., in), up to 64 rows in all, bfloat16 or float32.
         weight: (out, in), in the dtype of x.
         bias: (out,) or None.
 
     Returns:
-        (tokens, out) in the dtype of x; sums in float32, always in the same order.
+        (..., out) in the dtype of x; sums in float32, always in the same order.
     """
-    return (_linear_op if torch.compiler.is_compiling() else _linear)(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    return (_linear_op if torch.compiler.is_compiling() else _linear)(rows, weight, bias).view(
+        *x.shape[:-1], weight.shape[0]
+    )
