@@ -278,8 +278,9 @@ class Op:
         if hub is not None and forced in (None, "hub"):
             # Whoever kernelized the model has chosen this one: it speaks the convention of the name it was chosen by.
             return getattr(conventions, self.name)(hub, *args, **kwargs)
-        # Without this line first, one decoded token on a CPU would pay for what only a GPU needs.
-        if forced == "torch" or (forced is None and not args[0].is_cuda):
+        # Without these lines first, a decoded token would pay for choices that have one outcome.
+        untried = self.name in _INTERPRETED_ONLY and not _repositories
+        if forced == "torch" or (forced is None and (untried or not args[0].is_cuda)):
             return self.reference(*args, **kwargs)
         source, kernel, reason = self.choose(*args, **kwargs)
         if forced is not None and source != forced:
