@@ -42,7 +42,7 @@ def spilled(binary: bytes) -> int:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(re.search(r"STACK:(\d+)", done.stdout + done.stderr)[1])
+    return max(int(found) for found in re.findall(r"STACK:(\d+)", done.stdout + done.stderr))
 
 
 def main() -> None:
