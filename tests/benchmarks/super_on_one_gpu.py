@@ -144,10 +144,12 @@ def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
     length = options.context - options.new_tokens - 2
     prompt = torch.randint(3, config.vocab_size, (options.batch, length), device=options.device)
     cache = {} if options.cache == "dynamic" else {"cache_implementation": options.cache}
+    if options.prefill_chunk:
+        cache["prefill_chunk_size"] = options.prefill_chunk
     with packed_kernels(options.device):
-        found["prefill, tokens/s"] = prompt.numel() / seconds(
-            lambda: model(prompt, use_cache=True, logits_to_keep=1), options.device
-        )
+        if not options.prefill_chunk:
+            took = seconds(lambda: model(prompt, use_cache=True, logits_to_keep=1), options.device)
+            found["prefill, tokens/s"] = prompt.numel() / took
         if options.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         step = step_seconds(model, prompt, options.new_tokens, options.device, **cache)
@@ -176,6 +178,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--drafts", type=int, default=2, help="tokens that MTP drafts a step; 0 leaves MTP out")
     parser.add_argument("--cache", default=None, choices=("static", "dynamic"), help="static on a GPU, else dynamic")
+    parser.add_argument("--prefill-chunk", type=int, default=0, help="read the prompt in pieces: takes less memory")
     parser.add_argument("--offload-experts", type=int, default=0, help="layers whose experts stay in CPU memory")
     parser.add_argument("--save", action="store_true", help="write the run to results/")
     options = parser.parse_args(arguments)

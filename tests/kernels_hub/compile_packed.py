@@ -8,10 +8,14 @@ What Triton's interpreter accepts need not compile. Compiling needs no GPU: this
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 
 from nemotron_super.kernels_hub import registry
 from triton import compile as compile_kernel
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -29,6 +33,16 @@ def compiled(kernel, types: dict[str, str], constants: dict, capability: int, **
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def spilled(binary: bytes) -> int:
+    """Bytes a thread keeps outside its registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return max(int(found) for found in re.findall(r"STACK:(\d+)", done.stdout + done.stderr))
 
 
 def main() -> None:
@@ -52,7 +66,7 @@ def main() -> None:
             "out": "*bf16",
         }
         types |= {name: "i32" for name in ("vectors", "experts", "rows", "width", "depth_each")}
-        shapes = [(16, 64, 128, False), (128, 128, 64, False), (128, 128, 64, True)]
+        shapes = [(16, 64, 128, False), (128, 128, 64, False), (128, 64, 64, True)]
         for size, n, k, transposed in shapes if (bits, capability) == (4, 90) else shapes[:1]:
             constants = {"SHARED": 22, "GATHER": True, "STACKED": True, "TRANSPOSED": transposed, "BITS": bits}
             constants |= {"RELU2": True, "M": size, "N": n, "K": k}
@@ -77,6 +91,7 @@ def main() -> None:
                     "flushes": ".ftz" in kernel.asm["ptx"],
                     "tensor cores": "mma" in kernel.asm["ptx"],
                     "shared": kernel.metadata.shared,
+                    "spilled": spilled(kernel.asm["cubin"]),
                 }
                 for name, kernel in cases.items()
             }

@@ -179,7 +179,7 @@ def test_they_compile(tmp_path):
     cases = json.loads(done.stdout)
     assert len(cases) == 11
     for name, found in cases.items():
-        assert not found["flushes"], name
+        assert not found["flushes"] and found["spilled"] == 0, name
         assert found["tensor cores"] == name.startswith("tiles"), name
         assert found["shared"] <= (163 if " 80" in name else 227) * 1024, name
 

@@ -315,8 +315,10 @@ def tiles(
         vectors, experts = order.numel(), ends.numel()
         block_ends, expert_of = blocks_of(ends, vectors, size)
         blocks = expert_of.numel()
-        # With four warps two programs share a multiprocessor: one unpacks while the other multiplies.
-        n = 128 if size >= 64 else 64
+        # With four warps two programs share a multiprocessor: one unpacks while the other multiplies. Wider than this, or as
+        # wide before Hopper or transposed, registers do not suffice.
+        hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
+        n = 128 if size >= 64 and hopper and not transposed else 64
     k = 64 if size >= 64 or transposed else 128
     depth_each = triton.cdiv(triton.cdiv(depth, k), splits) * k
     splits = triton.cdiv(depth, depth_each)
