@@ -152,6 +152,11 @@ class HybridCache(DynamicCache):
         """False: its length is a number that changes with every call, even where every state has a fixed size."""
         return False
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """As transformers', which takes a cache of nothing but True for one without a length and reads everything again."""
+        return super().is_linear if self._has_attention else [False] * len(self.layers)
+
     def note_tokens(self, count: int, packed: bool) -> None:
         """Called once per forward: a model of Mamba-2 layers only has no keys to count."""
         self._tokens_seen += count

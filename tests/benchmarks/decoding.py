@@ -95,6 +95,15 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak(start: bool = False) -> int:
+    """The most that this process has held, bytes; `start` counts from what it holds now."""
+    if start:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * next(
+        int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line
+    )
+
+
 class Statistics(BaseStreamer):
     """Receives the statistics of the drafts; leaves the cache to later calls, which a returned one would not be."""
 
@@ -163,7 +172,7 @@ def context(model, shape: str) -> dict[int, dict[str, float]]:
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() if on_gpu else resident()
+        before = torch.cuda.memory_allocated() if on_gpu else peak(start=True)
         ids = torch.randint(3, model.config.vocab_size, (1, length), device=model.device)
         cache = StaticHybridCache(model.config, round_up(length + 32))
         wait(model)
@@ -172,14 +181,14 @@ def context(model, shape: str) -> dict[int, dict[str, float]]:
             logits = model(part, cache=cache, logits_to_keep=1).logits
         wait(model)
         prefill = time.perf_counter() - start
-        peak = (torch.cuda.max_memory_allocated() if on_gpu else resident()) - before
+        most = (torch.cuda.max_memory_allocated() if on_gpu else peak()) - before
         step = DecodeStep(model, cache, 1, None)
         token = logits[:, -1].argmax(-1)
         for _ in range(4):
             step(token)
         each = seconds(model, lambda step=step, token=token: [step(token) for _ in range(4)]) / 4
         found[length] = {
-            "cache, MB": bytes_of(cache) / 1e6, "beyond the weights, MB": peak / 1e6, "prefill, s": prefill, "step, ms": 1e3 * each,
+            "cache, MB": bytes_of(cache) / 1e6, "beyond the weights, MB": most / 1e6, "prefill, s": prefill, "step, ms": 1e3 * each,
         }  # fmt: skip
         del cache, step
     return found
@@ -300,8 +309,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=WORK, default="cuda" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=None, help="these parts")
+    parser.add_argument("--tokens", type=int, default=None, help="length of the one long text")
     parser.add_argument("--save", action="store_true", help="write results/decoding_SHAPE.json and its plot")
     options = parser.parse_args()
+    if options.tokens:
+        WORK[options.shape] = (*WORK[options.shape][:-1], options.tokens)
     shape, device = options.shape, "cuda" if options.shape == "cuda" else "cpu"
     parts = options.only or [part for part in PARTS if part != "long" or shape == "cpu"]
     transformers.logging.set_verbosity_error()

@@ -238,6 +238,20 @@ def test_the_returned_cache_continues(make_model, prompts):
     )
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_cache_without_attention_continues(cache, make_model):
+    """Only what is new is read, though nothing but the cache itself knows how much that is."""
+    model = make_model("MM", seed=2)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    first = model.generate(
+        ids, cache_implementation=cache, max_cache_len=64 if cache else None, return_dict_in_generate=True, **options
+    )
+    turn = torch.cat([first.sequences, torch.tensor([[9, 8, 7]])], 1)
+    assert model.generate(turn, cache=first.cache, **options).equal(model.generate(turn, **options))
+    assert first.cache.get_seq_length() == turn.shape[1] + 5
+
+
 def test_inputs_embeds(make_model, prompts):
     model = make_model("ME*M-", scale=1.0, **MTP)
     ids, mask = prompts(3, 7, True, 3)
