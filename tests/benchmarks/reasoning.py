@@ -149,8 +149,8 @@ def draw(result: dict, path: Path) -> None:
         )  # fmt: skip
     left.set(title="training loss, next token", xlabel="step", ylabel="nats per answer token", yscale="log")
     left.legend()
-    tasks = [task for task in result["before"] if task != "mean"]
-    bars = {"constant answer": result["constant"], "before": result["before"]}
+    tasks = [task for task in result["constant"] if task != "mean"]
+    bars = {"constant answer": result["constant"]} | ({"before": result["before"]} if result["before"] else {})
     bars |= {kind.upper(): found["exact"] for kind, found in result["runs"].items()}
     for place, (label, shares) in enumerate(bars.items()):
         right.bar([x + 0.2 * place - 0.3 for x in range(len(tasks))], [shares[t] for t in tasks], 0.2, label=label)
@@ -220,8 +220,6 @@ def main() -> None:
     for task in result["constant"]:
         columns = [result["constant"], result["before"], *(found["exact"] for found in result["runs"].values())]
         print(f"| {task} | {' | '.join(f'{shares[task]:.1%}' for shares in columns if shares)} |")
-    if not result["before"]:
-        return
     draw(result, options.output / "reasoning.png")
     if options.save:
         (HERE / "results" / "reasoning_cpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
