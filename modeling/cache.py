@@ -155,7 +155,8 @@ class HybridCache(DynamicCache):
     @property
     def is_linear(self) -> list[bool]:
         """As transformers', which takes a cache of nothing but True for one without a length and reads everything again."""
-        return super().is_linear if self._has_attention else [False] * len(self.layers)
+        # Not by `super()`, through which a compiler finds no property.
+        return [self._has_attention and isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers]
 
     def note_tokens(self, count: int, packed: bool) -> None:
         """Called once per forward: a model of Mamba-2 layers only has no keys to count."""
