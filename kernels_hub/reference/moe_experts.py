@@ -14,6 +14,8 @@ from torch import Tensor
 from .dispatch import as_operator
 
 _FEW = 8  # tokens up to which sorting costs more than it saves on a CPU
+# Numbers in the chosen experts' matrices that may be copied side by side; those of large models stay where they are.
+_COPIED = 1 << 22
 
 
 def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -160,6 +162,6 @@ def moe_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Ten
     """
     if as_operator():
         return _experts_op(x, index, weights, up, down)[0]
-    if x.shape[0] <= _FEW and x.device.type == "cpu":
+    if x.shape[0] <= _FEW and index.numel() * up[0].numel() <= _COPIED and x.device.type == "cpu":
         return _few_tokens(x, index, weights, up, down)
     return _many_tokens(x, index, weights, up, down, keep_hidden=False)[0]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nemotron_super.kernels_hub.reference import moe_experts as module
 from nemotron_super.kernels_hub.reference.moe_experts import moe_experts
 
 
@@ -97,3 +98,14 @@ def test_low_precision(tokens, grad):
 def test_operator_registration(tokens, grad, dtype):
     inputs = make_inputs(tokens, 2, 5, 6, 4, "avoid", dtype, grad=grad)
     torch.library.opcheck(torch.ops.nemotron_super.moe_experts.default, inputs)
+
+
+def test_large_experts_are_not_copied(monkeypatch):
+    """Few tokens of a large model must not hold all their experts' matrices a second time."""
+    x, up, down = torch.randn(3, 8), torch.randn(5, 6, 8), torch.randn(5, 8, 6)
+    index, weights = torch.tensor([[0, 4], [1, 4], [2, 0]]), torch.rand(3, 2)
+    with torch.no_grad():
+        copied = module.moe_experts(x, index, weights, up, down)
+        monkeypatch.setattr(module, "_COPIED", 6 * 6 * 8 - 1)
+        monkeypatch.setattr(module, "_few_tokens", lambda *args: pytest.fail("the matrices were copied"))
+        torch.testing.assert_close(module.moe_experts(x, index, weights, up, down), copied, rtol=1e-5, atol=1e-5)
