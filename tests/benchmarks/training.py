@@ -151,8 +151,10 @@ def main() -> None:
     device, shape = options.device, options.device
     if options.one:
         whose, way, length = options.one
-        found = head_memory(int(length), device, shape) if way == "head" else measure(
-            whose == "ours", way, int(length), device, shape
+        found = (
+            head_memory(int(length), device, shape)
+            if way == "head"
+            else measure(whose == "ours", way, int(length), device, shape)
         )
         print("RESULT", json.dumps(found))
         return

@@ -19,7 +19,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-INT_ALIGNED = ("rows", "width", "depth_each")
+INT_ALIGNED = ("rows", "width", "depth_each", "row_bytes", "stretch")
 
 
 def compiled(kernel, types: dict[str, str], constants: dict, capability: int, **options):
@@ -48,13 +48,22 @@ def spilled(binary: bytes) -> int:
 def main() -> None:
     packed = sys.modules[f"{registry._bundle().__name__}._packed"]
     cases = {}
-    for bits, capability in ((4, 90), (8, 90), (4, 80)):
-        words = "*i64"
-        types = {"x": words, "which": words, "weight": words, "block_scale": "*u8", "scale": "*fp32", "out": "*bf16"}
-        types |= {"rows": "i32", "words": "i32"}
-        constants = {"SHARED": 22, "STACKED": True, "BITS": bits, "RELU2": True, "R": 16, "W": 64}
-        cases[f"stream {bits} {capability}"] = compiled(
-            packed._stream_kernel, types, constants, capability, num_warps=4
+    for bits, capability in ((4, 90), (8, 90), (4, 80), (8, 80)):
+        words, assembly = "*i64", bits == 4 or capability == 90
+        types = {"x": "*i32", "which": words, "weight": words, "block_scale": "*u8", "scale": "*fp32"}
+        types |= {"rows": "i32", "word_pairs": "i32", "blocks_each": "i32"}
+        constants = {"SHARED": 22, "STACKED": True, "BITS": bits, "RELU2": True, "ASSEMBLY": assembly}
+        for parts, block_rows, step in ((0, 8, 128), (1, 16, 64), (3, 16, 64)):
+            sizes = {"PARTS": parts, "R": block_rows, "W": step, "RELU2": parts == 1}
+            out = {"out": "*fp32" if parts > 1 else "*bf16"}
+            cases[f"stream {bits} {capability} {parts} parts"] = compiled(
+                packed._stream_kernel, types | out, constants | sizes, capability, num_warps=4
+            )
+        types = {"x": "*i32" if bits == 4 else "*bf16", "weight": "*u8", "block_scale": "*u8", "scale": "*fp32"}
+        types |= {"out": "*fp32", "vectors": "i32", "rows": "i32", "row_bytes": "i32", "stretch": "i32"}
+        constants = {"BITS": bits, "ASSEMBLY": assembly, "M": 8, "N": 32, "K": 128}
+        cases[f"few {bits} {capability}"] = compiled(
+            packed._few_kernel, types, constants, capability, num_warps=2, num_stages=4
         )
         types = {name: "*i32" for name in ("block_ends", "expert_of", "ends")}
         types |= {

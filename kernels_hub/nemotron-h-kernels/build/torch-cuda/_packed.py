@@ -3,13 +3,13 @@
     FP8:   w = e4m3(byte) * scale                     one float32 scale a matrix
     NVFP4: w = e2m1(code) * e4m3(byte) * scale        16 codes share an e4m3 byte; of the two codes in a byte the low one is first
 
-Codes become floats by moving their bits into the fields of a float32, which leaves the exponent too small by a constant:
-no table, no conversion instruction, the same on every GPU. What is too small is made up for where it costs least. NaN is
-not looked for; checkpoints that hold it are refused when they are loaded.
+Codes become floats by moving their bits into the fields of a wider format, which leaves the exponent too small by a constant:
+no table, the same on every GPU. What is too small is made up for where it costs least. NaN is not looked for; checkpoints that
+hold it are refused when they are loaded.
 
-`stream` multiplies single vectors: every program reads a few rows of a matrix as 64-bit words, and the time is that of the
-bytes. `tiles` multiplies blocks of vectors on tensor cores; a code times its block's scale has at most six bits, exact in
-bfloat16. Both take a stack of matrices and one of them for each vector, or for each block of vectors.
+Three ways to multiply, by the number of vectors. `stream` takes single ones: instructions, not bytes, are what decoding runs out
+of, so two codes share each (assembly; Triton has no pairs of float16). `few` takes up to eight in one pass over the weight and
+`tiles` any number, both on tensor cores; a code times its block's scale has at most six bits, exact in bfloat16.
 """
 
 from __future__ import annotations
@@ -24,8 +24,65 @@ from ._launch import on
 # A stored matrix, or a stack of them: bytes (..., out, in) or (..., out, in / 2), block scales as uint8 or None, float32 scales.
 Packed = tuple[Tensor, Tensor | None, Tensor]
 
-_STREAM_WORDS = 1024  # 64-bit words in one step of a program: 64 bytes for each of its threads
 _FILL = 528  # programs that keep every multiprocessor of the largest GPUs busy, at four each
+FEW = 8  # vectors that one pass of `few` takes: the least a tensor core does
+
+
+def _dot_codes_assembly() -> str:
+    """$0 = sum of sixteen e2m1 codes in $1 and $2 times 2^-14 times the float16 pairs (0, 4), (1, 5), ... in $3 to $10."""
+    lines = [".reg .b32 t, u, sum;", ".reg .b16 low, high;", ".reg .f32 a, b;"]
+    for pair in range(8):
+        word, place = 1 + pair // 4, pair % 4
+        # Of each half: the sign to bit 15, exponent and mantissa to bits 11..9.
+        sign = f"shl.b32 u, ${word}, {12 - 4 * place};" if place < 3 else f"mov.b32 u, ${word};"
+        rest = f"shl.b32 t, ${word}, {9 - 4 * place};" if place < 3 else f"shr.u32 t, ${word}, 3;"
+        lines += [sign, "and.b32 u, u, 0x80008000;", rest, "lop3.b32 t, t, 0x0E000E00, u, 0xEA;"]
+        lines.append(f"fma.rn.f16x2 sum, t, ${3 + pair}, sum;" if pair else "mul.rn.f16x2 sum, t, $3;")
+    lines += ["mov.b32 {low, high}, sum;", "cvt.f32.f16 a, low;", "cvt.f32.f16 b, high;", "add.f32 $0, a, b;"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _dot_bytes_assembly() -> str:
+    """$0 = sum of eight e4m3 bytes in $1 and $2 times the float16 pairs (0, 1), (2, 3), ... in $3 to $6."""
+    lines = [".reg .b32 t, sum;", ".reg .b16 low, high;", ".reg .f32 a, b;"]
+    for pair in range(4):
+        if pair % 2 == 0:
+            lines.append(f"mov.b32 {{low, high}}, ${1 + pair // 2};")
+        lines.append(f"cvt.rn.f16x2.e4m3x2 t, {'high' if pair % 2 else 'low'};")
+        lines.append(f"fma.rn.f16x2 sum, t, ${3 + pair}, sum;" if pair else "mul.rn.f16x2 sum, t, $3;")
+    lines += ["mov.b32 {low, high}, sum;", "cvt.f32.f16 a, low;", "cvt.f32.f16 b, high;", "add.f32 $0, a, b;"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _unpack_codes_assembly() -> str:
+    """Four bytes of codes in $4, their block scale's byte four times in $5: low codes to $0 and $1, high ones to $2 and $3.
+
+    Each register holds two bfloat16: code times scale times 2^-8.
+    """
+    lines = [".reg .b32 a, b, t, u, s, c, none;", "mov.b32 none, 0x80008000;"]
+    # The scale, for both halves: its byte lies where a bfloat16 has its exponent, times 2^120, times 2^118.
+    lines += ["and.b32 s, $5, 0x00FF00FF;", "shl.b32 s, s, 4;"]
+    for power in ("0x7B807B80", "0x7A807A80"):
+        lines += [f"mov.b32 c, {power};", "fma.rn.bf16x2 s, s, c, none;"]
+    lines += ["prmt.b32 a, $4, 0, 0x1404;", "prmt.b32 b, $4, 0, 0x3424;"]  # each byte on top of a half
+    for out, (source, shift) in enumerate([("a", 4), ("b", 4), ("a", 0), ("b", 0)]):
+        lines += [f"shl.b32 u, {source}, {shift};", "and.b32 u, u, 0x80008000;", f"shr.u32 t, {source}, {6 - shift};"]
+        lines += ["lop3.b32 t, t, 0x01C001C0, u, 0xEA;", f"fma.rn.bf16x2 ${out}, t, s, none;"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _unpack_bytes_assembly() -> str:
+    """Four e4m3 bytes in $2 to bfloat16 in $0 and $1."""
+    lines = [".reg .b32 a, t, u, c, none;", "mov.b32 none, 0x80008000;", "mov.b32 c, 0x7B807B80;"]  # 2^120
+    for out, bytes_to_halves in enumerate(("0x1404", "0x3424")):
+        lines += [f"prmt.b32 a, $2, 0, {bytes_to_halves};", "and.b32 u, a, 0x80008000;", "shr.u32 t, a, 4;"]
+        lines += ["lop3.b32 t, t, 0x07F007F0, u, 0xEA;", f"fma.rn.bf16x2 ${out}, t, c, none;"]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+_DOT_CODES, _DOT_BYTES = tl.constexpr(_dot_codes_assembly()), tl.constexpr(_dot_bytes_assembly())
+_UNPACK_CODES, _UNPACK_BYTES = tl.constexpr(_unpack_codes_assembly()), tl.constexpr(_unpack_bytes_assembly())
+_PAIR = tl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
 
 
 @triton.jit
@@ -41,6 +98,159 @@ def _e2m1(word, AT: tl.constexpr):
 
 
 @triton.jit
+def _first(pair):
+    """The lower half of an int32, a bfloat16, in float32."""
+    return (pair << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _second(pair):
+    return (pair & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _halves(pair):
+    """Two float16 of an int32, in float32."""
+    low, high = pair.to(tl.int16), (pair >> 16).to(tl.int16)
+    return low.to(tl.float16, bitcast=True).to(tl.float32), high.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _pair(a, b, ASSEMBLY: tl.constexpr):
+    """Two float32 as two float16 in an int32, a in the lower half."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(_PAIR, "=r,f,f", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+    low = a.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 65535
+    return low | (b.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def _largest(a, b, c, d):
+    """Of the eight bfloat16 in four int32."""
+    first = tl.maximum(
+        tl.maximum(tl.abs(_first(a)), tl.abs(_second(a))), tl.maximum(tl.abs(_first(b)), tl.abs(_second(b)))
+    )
+    second = tl.maximum(
+        tl.maximum(tl.abs(_first(c)), tl.abs(_second(c))), tl.maximum(tl.abs(_first(d)), tl.abs(_second(d)))
+    )
+    return tl.maximum(first, second)
+
+
+@triton.jit
+def _to_power(largest, POWER: tl.constexpr):
+    """The power of two that brings `largest` to [2^POWER, 2^(POWER + 1)), if it is no smaller than 2^(POWER - 126), and its inverse."""
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, (POWER + 1) << 23)
+    up = 0x7F000000 - (exponent - (POWER << 23))
+    return up.to(tl.float32, bitcast=True), (0x7F000000 - up).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sixteen(x, word, words, ASSEMBLY: tl.constexpr):
+    """Numbers 16 word to 16 word + 15 as float16 pairs (0, 4), (1, 5), (2, 6), (3, 7), (8, 12), ..., and what they were divided by.
+
+    Float16 has more bits than bfloat16 but less range: what is 2^27 times smaller than the largest of the sixteen is lost.
+    """
+    x, mask = x + word * 8, word < words
+    a, b = tl.load(x, mask=mask, other=0), tl.load(x + 1, mask=mask, other=0)
+    c, d = tl.load(x + 2, mask=mask, other=0), tl.load(x + 3, mask=mask, other=0)
+    e, f = tl.load(x + 4, mask=mask, other=0), tl.load(x + 5, mask=mask, other=0)
+    g, h = tl.load(x + 6, mask=mask, other=0), tl.load(x + 7, mask=mask, other=0)
+    # Times a code, which is at most 6 * 2^-14, eight of them stay far below 65504, and ordinary ones far from the smallest numbers.
+    up, down = _to_power(tl.maximum(_largest(a, b, c, d), _largest(e, f, g, h)), 13)
+    return (
+        _pair(_first(a) * up, _first(c) * up, ASSEMBLY),
+        _pair(_second(a) * up, _second(c) * up, ASSEMBLY),
+        _pair(_first(b) * up, _first(d) * up, ASSEMBLY),
+        _pair(_second(b) * up, _second(d) * up, ASSEMBLY),
+        _pair(_first(e) * up, _first(g) * up, ASSEMBLY),
+        _pair(_second(e) * up, _second(g) * up, ASSEMBLY),
+        _pair(_first(f) * up, _first(h) * up, ASSEMBLY),
+        _pair(_second(f) * up, _second(h) * up, ASSEMBLY),
+        down,
+    )
+
+
+@triton.jit
+def _eight(x, word, words, ASSEMBLY: tl.constexpr):
+    """As `_sixteen` for the eight numbers of a word of bytes, in pairs (0, 1), (2, 3), (4, 5), (6, 7)."""
+    x, mask = x + word * 4, word < words
+    a, b = tl.load(x, mask=mask, other=0), tl.load(x + 1, mask=mask, other=0)
+    c, d = tl.load(x + 2, mask=mask, other=0), tl.load(x + 3, mask=mask, other=0)
+    up, down = _to_power(_largest(a, b, c, d), 2)  # times 448, four of them
+    return (
+        _pair(_first(a) * up, _second(a) * up, ASSEMBLY),
+        _pair(_first(b) * up, _second(b) * up, ASSEMBLY),
+        _pair(_first(c) * up, _second(c) * up, ASSEMBLY),
+        _pair(_first(d) * up, _second(d) * up, ASSEMBLY),
+        down,
+    )
+
+
+@triton.jit
+def _code_times(word, AT: tl.constexpr, pair):
+    """Codes AT and AT + 4 of an int32 times 2^-14 times two float16; what one step of `_DOT_CODES` does."""
+    low, high = _halves(pair)
+    return (_e2m1(word, AT) * low + _e2m1(word, AT + 4) * high) * (2.0**112)
+
+
+@triton.jit
+def _byte_times(word, AT: tl.constexpr, pair):
+    low, high = _halves(pair)
+    return (_e4m3(word, AT) * low + _e4m3(word, AT + 1) * high) * (2.0**120)
+
+
+@triton.jit
+def _dot_sixteen(packed, step, a, b, c, d, e, f, g, h, down, ASSEMBLY: tl.constexpr):
+    """Words of 16 codes (R, W) and their block scales times numbers (W,) of `_sixteen`, times 2^-14."""
+    low, high = packed.to(tl.int32), (packed >> 32).to(tl.int32)
+    if ASSEMBLY:
+        part = tl.inline_asm_elementwise(
+            _DOT_CODES,
+            "=f,r,r,r,r,r,r,r,r,r,r",
+            [
+                low,
+                high,
+                a[None, :],
+                b[None, :],
+                c[None, :],
+                d[None, :],
+                e[None, :],
+                f[None, :],
+                g[None, :],
+                h[None, :],
+            ],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        part = _code_times(low, 0, a[None, :]) + _code_times(low, 1, b[None, :])
+        part += _code_times(low, 2, c[None, :]) + _code_times(low, 3, d[None, :])
+        part += _code_times(high, 0, e[None, :]) + _code_times(high, 1, f[None, :])
+        part += _code_times(high, 2, g[None, :]) + _code_times(high, 3, h[None, :])
+    return part * ((_e4m3(step) * (2.0**120)) * down[None, :])
+
+
+@triton.jit
+def _dot_eight(packed, a, b, c, d, down, ASSEMBLY: tl.constexpr):
+    """Words of 8 bytes (R, W) times numbers (W,) of `_eight`."""
+    low, high = packed.to(tl.int32), (packed >> 32).to(tl.int32)
+    if ASSEMBLY:
+        part = tl.inline_asm_elementwise(
+            _DOT_BYTES,
+            "=f,r,r,r,r,r,r",
+            [low, high, a[None, :], b[None, :], c[None, :], d[None, :]],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        part = _byte_times(low, 0, a[None, :]) + _byte_times(low, 2, b[None, :])
+        part += _byte_times(high, 0, c[None, :]) + _byte_times(high, 2, d[None, :])
+    return part * down[None, :]
+
+
+@triton.jit
 def _stream_kernel(
     x,
     which,
@@ -49,64 +259,163 @@ def _stream_kernel(
     scale,
     out,
     rows,
-    words,
+    word_pairs,
+    blocks_each,
     SHARED: tl.constexpr,
     STACKED: tl.constexpr,
     BITS: tl.constexpr,
     RELU2: tl.constexpr,
+    PARTS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
 ):
-    """out[vector] = weight[which[vector]] x[vector // SHARED], R rows of it. `x` and `weight` are seen as 64-bit words."""
+    """out[vector] = weight[which[vector]] x[vector // SHARED], `blocks_each` blocks of R rows of it.
+
+    `weight` is seen as 64-bit words, `x` as pairs of bfloat16. Of a row that W words hold, or of one of PARTS of it with a sum for
+    each, the numbers of x are made ready once for all blocks; else (PARTS = 0) anew for each stretch of W words.
+    """
+    words = word_pairs * 2  # so that the compiler knows two to lie side by side
     vector = tl.program_id(1).to(tl.int64)
     matrix = tl.load(which + vector) if STACKED else vector * 0
-    r = tl.program_id(0) * R + tl.arange(0, R)
+    x += (vector // SHARED) * words * (32 // BITS)
+    weight += matrix * rows * words
+    if BITS == 4:
+        block_scale += matrix * rows * words
     w = tl.arange(0, W)
-    WIDE: tl.constexpr = out.dtype.element_ty == tl.float32
-    FITS: tl.constexpr = 2 if WIDE else 4  # numbers of x in a word
-    CODES: tl.constexpr = 64 // BITS
-    x += (vector // SHARED) * words * (CODES // FITS)
-    row = ((matrix * rows + r) * words)[:, None]
-    inside = (r < rows)[:, None] & (w < words)[None, :]
-    following = tl.load(weight + row + w[None, :], mask=inside, other=0)
-    following_step = tl.load(block_scale + row + w[None, :], mask=inside, other=0) if BITS == 4 else 0
-    total = tl.zeros([R, W], tl.float32)
-    for start in range(0, words, W):
-        packed, step = following, following_step
-        # The next step's loads are on their way while this one's codes are multiplied.
-        ahead = start + W + w
-        inside = (r < rows)[:, None] & (ahead < words)[None, :]
-        following = tl.load(weight + row + ahead[None, :], mask=inside, other=0)
+    if PARTS > 1:
+        part = tl.program_id(2)
+        each = tl.cdiv(word_pairs, PARTS) * 2
+        x += part * each * (32 // BITS)
+        weight += part * each
         if BITS == 4:
-            following_step = tl.load(block_scale + row + ahead[None, :], mask=inside, other=0)
-        here = start + w
-        part = tl.zeros([R, W], tl.float32)
-        for j in tl.static_range(CODES // FITS):
-            numbers = tl.load(x + here * (CODES // FITS) + j, mask=here < words, other=0)
-            for i in tl.static_range(FITS):
-                if WIDE:
-                    number = (numbers >> (32 * i)).to(tl.int32)
-                elif i % 2 == 0:
-                    number = (numbers >> (16 * i)).to(tl.int32) << 16
-                else:
-                    number = (numbers >> (16 * i - 16)).to(tl.int32) & -65536
-                # Halfway up, so that neither the product with a code nor a large number leaves float32's range.
-                number = number.to(tl.float32, bitcast=True) * (2.0**60)
-                half = (packed >> (32 * ((j * FITS + i) * BITS // 32))).to(tl.int32)
-                if BITS == 4:
-                    value = _e2m1(half, (j * FITS + i) % 8)
-                else:
-                    value = _e4m3(half, (j * FITS + i) % 4)
-                part += value * number[None, :]
+            block_scale += part * each
+        out += (vector * PARTS + part) * rows
+        count = tl.minimum(each, words - part * each)
+    else:
+        count = words
+        out += vector * rows
+    factor = tl.load(scale + matrix) * (16384.0 if BITS == 4 else 1.0)
+    first = tl.program_id(0) * blocks_each
+    blocks = tl.minimum(blocks_each, tl.cdiv(rows, R) - first)
+    r = first * R + tl.arange(0, R)
+    at = (r.to(tl.int64) * words)[:, None] + w[None, :]
+    inside = (r < rows)[:, None] & (w < count)[None, :]
+    following = tl.load(weight + at, mask=inside, other=0)
+    following_step = tl.load(block_scale + at, mask=inside, other=0) if BITS == 4 else 0
+    if PARTS > 0:
         if BITS == 4:
-            total += part * (_e4m3(step) * (2.0**120))
+            n0, n1, n2, n3, n4, n5, n6, n7, down = _sixteen(x, w, count, ASSEMBLY)
         else:
-            total += part
-    y = tl.sum(total, 1) * (2.0 ** (66 if BITS == 4 else 60) * tl.load(scale + matrix))
-    if RELU2:
-        y = tl.maximum(y, 0.0)
-        y = y * y
-    tl.store(out + vector * rows + r, y.to(out.dtype.element_ty), mask=r < rows)
+            n0, n1, n2, n3, down = _eight(x, w, count, ASSEMBLY)
+    # What is multiplied next is on its way while this is multiplied.
+    for block in range(0, blocks):
+        if PARTS > 0:
+            packed, step = following, following_step
+            at = ((r + R).to(tl.int64) * words)[:, None] + w[None, :]
+            inside = ((r + R < rows) & (block + 1 < blocks))[:, None] & (w < count)[None, :]
+            following = tl.load(weight + at, mask=inside, other=0)
+            if BITS == 4:
+                following_step = tl.load(block_scale + at, mask=inside, other=0)
+                total = _dot_sixteen(packed, step, n0, n1, n2, n3, n4, n5, n6, n7, down, ASSEMBLY)
+            else:
+                total = _dot_eight(packed, n0, n1, n2, n3, down, ASSEMBLY)
+        else:
+            total = tl.zeros([R, W], tl.float32)
+            for start in range(0, words, W):
+                if BITS == 4:
+                    n0, n1, n2, n3, n4, n5, n6, n7, down = _sixteen(x, start + w, words, ASSEMBLY)
+                else:
+                    n0, n1, n2, n3, down = _eight(x, start + w, words, ASSEMBLY)
+                packed, step = following, following_step
+                row_ends = start + W >= words
+                ahead = tl.where(row_ends, 0, start + W) + w
+                next_r = r + tl.where(row_ends, R, 0)
+                at = (next_r.to(tl.int64) * words)[:, None] + ahead[None, :]
+                more = (next_r < rows) & ((block + 1 < blocks) | (start + W < words))
+                inside = more[:, None] & (ahead < words)[None, :]
+                following = tl.load(weight + at, mask=inside, other=0)
+                if BITS == 4:
+                    following_step = tl.load(block_scale + at, mask=inside, other=0)
+                    total += _dot_sixteen(packed, step, n0, n1, n2, n3, n4, n5, n6, n7, down, ASSEMBLY)
+                else:
+                    total += _dot_eight(packed, n0, n1, n2, n3, down, ASSEMBLY)
+        y = tl.sum(total, 1) * factor
+        if RELU2:
+            y = tl.maximum(y, 0.0)
+            y = y * y
+        tl.store(out + r, y.to(out.dtype.element_ty), mask=r < rows)
+        r += R
+
+
+@triton.jit
+def _few_kernel(
+    x,
+    weight,
+    block_scale,
+    scale,
+    out,
+    vectors,
+    rows,
+    row_bytes,
+    stretch,
+    BITS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """out[v] = weight x[v] for all vectors and N rows; program (., s) sums the s-th `stretch` bytes of each row into out[s].
+
+    The weight is the left operand, so that what a thread unpacks never leaves its registers. Bytes of codes are two operands,
+    their low codes and their high ones, which meet the even numbers of x (seen as pairs of bfloat16) and the odd ones.
+    """
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    v = tl.arange(0, M)
+    k = tl.arange(0, K)
+    total = tl.zeros([N, M], tl.float32)
+    start = tl.program_id(1) * stretch
+    row = (n.to(tl.int64) * row_bytes)[:, None]
+    for at in range(start, min(start + stretch, row_bytes), K):
+        inside = (n < rows)[:, None] & (at + k < row_bytes)[None, :]
+        packed = tl.load(weight + row + (at + k)[None, :], mask=inside, other=0)
+        inside = (v < vectors)[None, :] & (at + k < row_bytes)[:, None]
+        numbers = tl.load(x + (v * row_bytes)[None, :] + (at + k)[:, None], mask=inside, other=0)
+        if BITS == 4:
+            even = numbers.to(tl.int16).to(tl.bfloat16, bitcast=True)
+            odd = (numbers >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+            block = at // 8 + tl.arange(0, K // 8)
+            inside = (n < rows)[:, None] & (block < row_bytes // 8)[None, :]
+            steps = (n.to(tl.int64) * (row_bytes // 8))[:, None] + block[None, :]
+            step = tl.load(block_scale + steps, mask=inside, other=0)
+            step = tl.reshape(tl.broadcast_to(step[:, :, None], [N, K // 8, 8]), [N, K])
+            if ASSEMBLY:
+                low, high = tl.inline_asm_elementwise(
+                    _UNPACK_CODES,
+                    "=r,=r,=r,=r,r,r",
+                    [packed, step],
+                    dtype=(tl.bfloat16, tl.bfloat16),
+                    is_pure=True,
+                    pack=4,
+                )
+            else:
+                factor = (_e4m3(step) * (2.0**120)) * (2.0**118)
+                low = (_e2m1(packed.to(tl.int32), 0) * factor).to(tl.bfloat16)
+                high = (_e2m1(packed.to(tl.int32), 1) * factor).to(tl.bfloat16)
+            total = tl.dot(low, even, total)
+            total = tl.dot(high, odd, total)
+        else:
+            if ASSEMBLY:
+                numeric = tl.inline_asm_elementwise(
+                    _UNPACK_BYTES, "=r,=r,r", [packed], dtype=tl.bfloat16, is_pure=True, pack=4
+                )
+            else:
+                numeric = (_e4m3(packed) * (2.0**120)).to(tl.bfloat16)
+            total = tl.dot(numeric, numbers, total)
+    total *= tl.load(scale) * (256.0 if BITS == 4 else 1.0)
+    out += tl.program_id(1).to(tl.int64) * vectors * rows
+    to = (v.to(tl.int64) * rows)[None, :] + n[:, None]
+    tl.store(out + to, total.to(out.dtype.element_ty), mask=(v < vectors)[None, :] & (n < rows)[:, None])
 
 
 @triton.jit
@@ -227,45 +536,120 @@ def shape_of(packed: Packed) -> tuple[int, int, int]:
     return codes.shape[-2], codes.shape[-1] * 8 // bits, bits
 
 
-def stream(x: Tensor, which: Tensor | None, packed: Packed, shared: int = 1, relu2: bool = False) -> Tensor:
-    """Vector times matrix, for few vectors.
+def in_pairs(x: Tensor, *weights: Packed) -> bool:
+    """Whether `stream` and `few` serve: they read bfloat16 and 64-bit words of weights two by two."""
+    widths = [shape_of(packed) for packed in weights]
+    return x.dtype == torch.bfloat16 and all(width * bits % 128 == 0 for _, width, bits in widths)
+
+
+def _assembly(x: Tensor, bits: int) -> bool:
+    """Whether the GPU has the instructions: those for pairs came with 8.0 and the conversion of e4m3 with 8.9. Triton's interpreter has none."""
+    return x.is_cuda and (bits == 4 or torch.cuda.get_device_capability(x.device) >= (8, 9))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x where it may be read in words of 16 bytes."""
+    return x.clone() if x.storage_offset() * x.element_size() % 16 else x
+
+
+def stream(
+    x: Tensor, which: Tensor | None, packed: Packed, shared: int = 1, relu2: bool = False, apart: bool = False
+) -> Tensor:
+    """Vector times matrix, each vector for itself.
 
     Args:
-        x: (vectors / shared, width) contiguous, bfloat16 or float32.
+        x: (vectors / shared, width) contiguous, bfloat16.
         which: (vectors,) int64, the matrix of each; None for a single matrix.
         shared: how many vectors one after another are the same row of `x`.
         relu2: return relu(...)^2.
+        apart: leave the sums of stretches of a row for the caller to add, which is faster where many vectors meet long rows.
 
     Returns:
-        (vectors, rows) in the dtype of x.
+        (vectors, rows) bfloat16; with `apart` (vectors, parts, rows), in float32 if there is more than one part.
     """
     rows, width, bits = shape_of(packed)
     codes, block_scale, scale = packed
     vectors = x.shape[0] * shared if which is None else which.numel()
-    out = torch.empty(vectors, rows, dtype=x.dtype, device=x.device)
-    if x.storage_offset() * x.element_size() % 16:
-        x = x.clone()
     words = width * bits // 64
-    height = 16 if rows * vectors >= 16 * _FILL else 8
+    # Measured on an H100: rows of experts in stretches of 64 words, each thread with two words of four rows; long rows as they are.
+    long = which is None
+    block_rows, step = (8, 128) if long else (16, 64)
+    parts = triton.cdiv(words, step) if apart and bits == 4 else int(words <= step)
+    out = torch.empty(
+        vectors, max(parts, 1), rows, dtype=torch.float32 if parts > 1 else x.dtype, device=x.device
+    )  # fmt: skip
     if out.numel():
+        x = _aligned(x)
+        blocks = triton.cdiv(rows, block_rows)
+        # One wave of programs, if the vectors allow it.
+        at_once = (792 if long else _FILL) // (vectors * max(parts, 1))
+        each = triton.cdiv(blocks, max(1, min(blocks, at_once)))
         with on(x):
-            _stream_kernel[(triton.cdiv(rows, height), vectors)](
-                x.view(torch.int64),
+            _stream_kernel[(triton.cdiv(blocks, each), vectors, max(parts, 1))](
+                x.view(torch.int32),
                 x if which is None else which,
                 codes.view(torch.int64),
                 codes if block_scale is None else block_scale,
                 scale,
                 out,
                 rows,
-                words,
+                words // 2,
+                each,
                 shared,
                 which is not None,
                 bits,
                 relu2,
-                height,
-                min(_STREAM_WORDS // height, triton.next_power_of_2(words)),
+                parts,
+                _assembly(x, bits),
+                block_rows,
+                step,
                 num_warps=4,
             )
+    return out if apart else out.view(vectors, rows)
+
+
+def few(x: Tensor, packed: Packed) -> Tensor:
+    """Up to `FEW` vectors times one matrix, which is read once.
+
+    Args:
+        x: (vectors, width) contiguous, bfloat16.
+
+    Returns:
+        (vectors, rows) bfloat16.
+    """
+    rows, width, bits = shape_of(packed)
+    codes, block_scale, scale = packed
+    vectors, row_bytes, n, k = x.shape[0], width * bits // 8, 32, 128
+    out = torch.empty(vectors, rows, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    x = _aligned(x)
+    tiles = triton.cdiv(rows, n)
+    splits = max(1, min(_FILL // tiles, row_bytes // 1024))
+    stretch = triton.cdiv(triton.cdiv(row_bytes, k), splits) * k
+    splits = triton.cdiv(row_bytes, stretch)
+    to = out if splits == 1 else torch.empty(splits, vectors, rows, dtype=torch.float32, device=x.device)
+    with on(x):
+        _few_kernel[(tiles, splits)](
+            x.view(torch.int32) if bits == 4 else x,
+            codes.view(torch.uint8),
+            codes if block_scale is None else block_scale,
+            scale,
+            to,
+            vectors,
+            rows,
+            row_bytes,
+            stretch,
+            bits,
+            _assembly(x, bits),
+            FEW,
+            n,
+            k,
+            num_warps=2,
+            num_stages=4,
+        )
+        if splits > 1:
+            _sum_kernel[(triton.cdiv(out.numel(), 1024),)](to, out, out.numel(), splits, 1024, num_warps=4)
     return out
 
 

@@ -62,9 +62,18 @@ def _stream_down_kernel(hidden, index, down, y, width, inner, R: tl.constexpr, K
 
 @triton.jit
 def _combine_kernel(
-    y, place, weights, out, width, TOP_K: tl.constexpr, PLACED: tl.constexpr, WEIGHTED: tl.constexpr, W: tl.constexpr
+    y,
+    place,
+    weights,
+    out,
+    width,
+    TOP_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    PLACED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    W: tl.constexpr,
 ):
-    """out[token] = sum over its pairs of weight * y[place[pair]], in float32 and always in the same order."""
+    """out[token] = sum over its pairs of weight * y[place[pair]], each in PARTS, in float32 and always in the same order."""
     token = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * W + tl.arange(0, W)
     inside = c < width
@@ -74,7 +83,9 @@ def _combine_kernel(
         row = pair
         if PLACED:
             row = tl.load(place + pair)
-        value = tl.load(y + row * width + c, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(y + row * PARTS * width + c, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            value += tl.load(y + (row * PARTS + part) * width + c, mask=inside, other=0.0).to(tl.float32)
         if WEIGHTED:
             value = value * tl.load(weights + pair)
         total += value
@@ -133,6 +144,7 @@ def _combine(y: Tensor, place: Tensor | None, weights: Tensor | None, tokens: in
                 out,
                 width,
                 top_k,
+                y.shape[1] if y.dim() == 3 else 1,
                 place is not None,
                 weights is not None,
                 size,

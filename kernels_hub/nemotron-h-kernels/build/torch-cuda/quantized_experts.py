@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ._launch import as_operator, on
 from ._ops import add_op_namespace_prefix, ops
-from ._packed import Packed, stream, tiles
+from ._packed import Packed, in_pairs, shape_of, stream, tiles
 from .moe_experts import _between_products_kernel, _combine, _relu_squared, _sorted_pairs
 
-_FEW = (
-    16  # tokens up to which pairs rarely share an expert (of 512, top-22), so that each pair reads weights of its own
-)
+# Tokens up to which every pair reads weights of its own, by the bits of these: for more, a block of each expert's pairs is faster.
+_FEW = {4: 32, 8: 20}
 
 
 def _matrices(codes: Tensor, block_scale: Tensor | None, scale: Tensor) -> Packed:
@@ -34,7 +33,7 @@ def _few_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Packed, down: Pac
     tokens, top_k = index.shape
     which = index.reshape(-1)
     hidden = stream(x.contiguous(), which, up, shared=top_k, relu2=True)
-    return _combine(stream(hidden, which, down), None, weights, tokens, top_k, x)
+    return _combine(stream(hidden, which, down, apart=True), None, weights, tokens, top_k, x)
 
 
 def _many_tokens(
@@ -93,7 +92,7 @@ def _(x, index, weights, up, up_block_scale, up_scale, down, down_block_scale, d
 
 def _inference(x: Tensor, index: Tensor, weights: Tensor, up: tuple, down: tuple) -> Tensor:
     up, down = _matrices(*up), _matrices(*down)
-    if x.shape[0] <= _FEW:
+    if x.shape[0] <= _FEW[shape_of(up)[2]] and in_pairs(x, up, down):
         return _few_tokens(x, index, weights, up, down)
     return _many_tokens(x, index, weights, up, down, keep_hidden=False)[0]
 

@@ -1,7 +1,7 @@
 """x times the transpose of a frozen weight in FP8 or NVFP4, differentiable with respect to x.
 
-One vector reads the weight as a stream. Up to 64 read it once, in tiles; where a weight has few rows, several programs share the
-length of one. More vectors than that take longer than unpacking the weight, which is then left to cuBLAS; so is the backward.
+One vector reads the weight as a stream. Up to 64 read it once, on tensor cores; where a weight has few rows, several programs share
+the length of one. More vectors than that take longer than unpacking the weight, which is then left to cuBLAS; so is the backward.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from torch import Tensor
 
 from ._launch import as_operator, rows_of
 from ._ops import add_op_namespace_prefix, ops
-from ._packed import Packed, shape_of, stream, tiles, unpack
+from ._packed import FEW, Packed, few, in_pairs, shape_of, stream, tiles, unpack
 
-_FEW = 64
+_IN_TILES = 64
 
 
 def _linear(x: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
     packed: Packed = (weight, None if block_scale is None else block_scale.view(torch.uint8), scale)
     rows = rows_of(x)
-    if rows.shape[0] == 1:
-        out = stream(rows.contiguous(), None, packed)
-    elif rows.shape[0] <= _FEW:
+    if rows.shape[0] <= FEW and in_pairs(rows, packed):
+        rows = rows.contiguous()
+        out = stream(rows, None, packed) if rows.shape[0] == 1 else few(rows, packed)
+    elif rows.shape[0] <= _IN_TILES:
         out = tiles(rows.contiguous(), packed)
     else:
         out = F.linear(rows, unpack(packed, x.dtype))
