@@ -23,6 +23,7 @@ from collections.abc import Iterator
 import torch
 import transformers
 from against_transformers import RESULTS, hardware
+from decoding import Statistics
 from nemotron_super import NemotronHConfig, NemotronHForCausalLM, NVFP4Config, preset
 from nemotron_super.conversion.quantizer import install_empty
 from nemotron_super.kernels_hub import registry
@@ -31,6 +32,7 @@ from nemotron_super.modeling.quantized_layers import QuantizedExperts, Quantized
 
 E2M1_RMS, E4M3_RMS = 2.93, 95.0  # of codes that are all equally likely
 ONE = 0x38  # 1.0 in float8_e4m3fn
+SUBTRACTED = 8  # tokens of the short run that a long one is compared with
 
 
 def build(config: NemotronHConfig, recipe: str | None, device: str, offload: int = 0) -> NemotronHForCausalLM:
@@ -110,16 +112,17 @@ def seconds(work, device: str, repeats: int = 3) -> float:
 
 def step_seconds(model, prompt: torch.Tensor, new_tokens: int, device: str, **options) -> float:
     """Time of one step of decoding behind a prompt, its reading subtracted."""
-    fixed = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True, **options}
+    fixed = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
     steps = {}
 
     def run(n: int) -> None:
-        found = model.generate(prompt, max_new_tokens=n, min_new_tokens=n, **fixed)
-        steps[n] = found.mtp_statistics.steps / prompt.shape[0] if "use_mtp" in options else n
+        statistics = {"streamer": Statistics()} if "use_mtp" in options else {}
+        model.generate(prompt, max_new_tokens=n, min_new_tokens=n, **fixed, **statistics)
+        steps[n] = statistics["streamer"].mtp_statistics.steps / prompt.shape[0] if statistics else n
 
-    few, many = 2, 2 + new_tokens
-    took = {n: seconds(lambda n=n: run(n), device) for n in (many, few)}
-    return (took[many] - took[few]) / (steps[many] - steps[few])
+    many = SUBTRACTED + new_tokens
+    took = {n: seconds(lambda n=n: run(n), device) for n in (many, SUBTRACTED)}
+    return (took[many] - took[SUBTRACTED]) / (steps[many] - steps[SUBTRACTED])
 
 
 def gigabytes(model: torch.nn.Module, kind: str) -> float:
@@ -141,7 +144,7 @@ def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
         "weights, GB": gigabytes(model, options.device),
         "weights in CPU memory, GB": gigabytes(model, "cpu") if options.device != "cpu" else 0.0,
     }
-    length = options.context - options.new_tokens - 2
+    length = options.context - options.new_tokens - SUBTRACTED
     prompt = torch.randint(3, config.vocab_size, (options.batch, length), device=options.device)
     cache = {} if options.cache == "dynamic" else {"cache_implementation": options.cache}
     if options.prefill_chunk:
@@ -182,7 +185,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--offload-experts", type=int, default=0, help="layers whose experts stay in CPU memory")
     parser.add_argument("--save", action="store_true", help="write the run to results/")
     options = parser.parse_args(arguments)
-    if options.context < options.new_tokens + 3:
+    if options.context <= options.new_tokens + SUBTRACTED:
         parser.error(f"--context {options.context} leaves no prompt beside {options.new_tokens} new tokens")
     # Experts that are fetched cannot be part of a recorded step.
     recorded = options.device == "cuda" and not options.offload_experts

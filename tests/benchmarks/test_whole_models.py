@@ -28,7 +28,7 @@ def test_super_on_one_gpu(script, monkeypatch):
     found = module.main(
         ["--preset", "tiny", "--device", "cpu", "--context", "40", "--new-tokens", "4", "--drafts", "3"]
     )
-    assert found["prefill, tokens/s"] == 34 / 0.5 and found["plain, tokens/s"] == 4.0
+    assert found["prefill, tokens/s"] == 28 / 0.5 and found["plain, tokens/s"] == 4.0
     assert found["tokens/s if all drafts were kept"] == 16.0
     assert counted == [{}, {"use_mtp": True, "num_assistant_tokens": 3}]
     # 5 Mamba layers and 6 mixtures: two projections each, and the experts of each mixture.
