@@ -190,7 +190,8 @@ def _packed_limits(x: Tensor, *matrices: tuple[Tensor, ...]) -> str | None:
                 return (
                     f"a weight's storage has shape {tuple(tensor.shape)} and strides {tensor.stride()}: not contiguous"
                 )
-        if codes.storage_offset() % 8:
+        # A compiler cannot trace where a tensor begins; behind it, the kernel's view as words refuses what this would.
+        if not torch.compiler.is_compiling() and codes.storage_offset() % 8:
             return f"a weight begins at byte {codes.storage_offset()} of its storage, not at a multiple of 8"
     return _dtype_of("x", x)
 

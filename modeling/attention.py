@@ -59,7 +59,8 @@ def attend_to_slots(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
     batch, heads, length, width = query.shape
     rows = query.reshape(batch, key.shape[1], -1, width)
     out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    return out.view(batch, heads, length, width).transpose(1, 2)
+    # Not `view`: the order of the output's strides is that of the kernel that was chosen.
+    return out.reshape(batch, heads, length, width).transpose(1, 2)
 
 
 class NemotronHAttention(nn.Module):

@@ -228,7 +228,8 @@ def test_compiled():
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_small_model(make_model, packed):
     """A whole model, prefill, decoding and a training step, with kernels and with the reference."""
-    model = make_model("MEM*E", scale=2.0, moe_latent_size=16, moe_intermediate_size=16).cuda().bfloat16()
+    sizes = {"moe_latent_size": 16, "moe_intermediate_size": 16, "mamba_head_dim": 64, "ssm_state_size": 128}
+    model = make_model("MEM*E", scale=2.0, **sizes).cuda().bfloat16()
     ids = torch.randint(3, 61, (2, 70), device="cuda")
     documents = (torch.arange(70, device="cuda") // 30).expand(2, -1).contiguous() if packed else None
     results = {}
