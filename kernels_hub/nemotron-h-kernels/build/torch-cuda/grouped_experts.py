@@ -194,8 +194,12 @@ def place_pairs(index: Tensor, experts: int, m: int) -> Placed:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def _device(device: torch.device) -> tuple[int, bool]:
+    """Multiprocessors of a device, and whether it is from Hopper on. (A CPU interprets kernels.)"""
+    if device.type != "cuda":
+        return 1, True
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major >= 9
 
 
 def product(x: Tensor, placed: Placed, weight: Tensor, m: int, tiling: Tiling, gather: bool, relu2: bool) -> Tensor:
@@ -216,7 +220,7 @@ def product(x: Tensor, placed: Placed, weight: Tensor, m: int, tiling: Tiling, g
     tiles = (pairs // m + min(pairs, experts)) * triton.cdiv(outputs, n)
     source = x if gather else TensorDescriptor.from_tensor(x, [m, k])
     with on(x):
-        _product_kernel[(min(tiles, programs * _multiprocessors(x.device)),)](
+        _product_kernel[(min(tiles, programs * _device(x.device)[0]),)](
             source,
             placed.rows,
             placed.blocks,
@@ -246,8 +250,7 @@ def plan_for(tokens: int, top_k: int, experts: int) -> Plan:
 def serves(x: Tensor, up: Tensor, down: Tensor) -> bool:
     """Whether the kernel can: Hopper or later, bfloat16, rows of a multiple of 16 bytes that begin at such an address."""
     aligned = not (up.shape[1] % 8 or up.shape[2] % 8 or any(t.data_ptr() % 16 for t in (x, up, down)))
-    hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return x.dtype == torch.bfloat16 and up.shape[0] <= 1024 and aligned and hopper
+    return x.dtype == torch.bfloat16 and up.shape[0] <= 1024 and aligned and _device(x.device)[1]
 
 
 def grouped_experts(
