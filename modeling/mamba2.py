@@ -380,7 +380,7 @@ class NemotronHMamba2Mixer(nn.Module):
         return -torch.exp(self.A_log.float())
 
     def _time_step(self, dt: Tensor) -> Tensor:
-        dt = F.softplus(dt.float() + self.dt_bias.float())
+        dt = F.softplus(dt + self.dt_bias.float())  # a sum in float32, whatever dt comes in
         return dt if self.time_step_limit == (0.0, float("inf")) else dt.clamp(*self.time_step_limit)
 
     def _window(
@@ -389,6 +389,10 @@ class NemotronHMamba2Mixer(nn.Module):
         """The last `conv_kernel` inputs of each row's last document, (batch, channels, conv_kernel), zeros before it."""
         batch, length, channels = conv_in.shape
         kernel = self.conv_kernel
+        # A compiler would take the comparison as a promise about lengths to come.
+        if lengths is None and seq_idx is None and not torch.compiler.is_compiling() and length >= kernel:
+            # A copy, since a view would keep all of the projection in memory.
+            return conv_in[:, length - kernel :].transpose(1, 2).contiguous()
         if conv_state is None:
             conv_state = conv_in.new_zeros(batch, channels, kernel)
         if lengths is None:

@@ -98,9 +98,9 @@ def experts(tokens, count=512, top_k=22, width=1024, inner=2688, routing="any"):
 
 
 @pytest.mark.parametrize("routing", ["any", "one"])
-@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 200])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 200, 2048, 4096, 4200])
 def test_experts(tokens, routing):
-    """Both ways against float64, expert by expert: the reference in float64 would hold all weights at once."""
+    """All three ways against float64, expert by expert: the reference in float64 would hold all weights at once."""
     x, index, weights, up, down = experts(tokens, routing=routing)
     exact = torch.zeros(tokens, 1024, device="cuda", dtype=torch.float64)
     for e in index.unique().tolist():

@@ -1,6 +1,6 @@
 """The Triton kernels against float64: in Triton's interpreter on a CPU, compiled where there is a GPU. Small shapes.
 
-The sorted path of the experts, torch's grouped_mm between kernels, needs a GPU: see `test_kernels_on_gpu.py`.
+The experts of many tokens, torch's grouped_mm between kernels, need a GPU: see `test_kernels_on_gpu.py`.
 """
 
 import sys
@@ -230,6 +230,53 @@ def test_experts_of_few_tokens(check, tokens, experts, data, width, intermediate
     index = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(tokens)])
     index = index[:1].expand(tokens, -1) if routing == "one" else index
     check("moe_experts", [x.to(dtype), index, weights, up.to(dtype), down.to(dtype)], grad=False)
+
+
+@few
+@given(
+    tokens=st.integers(17, 150),
+    experts=st.integers(1, 6),
+    data=st.data(),
+    width=st.sampled_from([8, 64, 136]),
+    intermediate=st.sampled_from([8, 128, 200]),
+    routing=st.sampled_from(["any", "one"]),
+    seed=seeds,
+)
+def test_experts_of_a_prompt(check, tokens, experts, data, width, intermediate, routing, seed):
+    """Sorted and multiplied in blocks: an expert without tokens, one with several blocks, and tiles beyond every edge."""
+    top_k = data.draw(st.integers(1, experts))
+    # So many pairs an expert that torch's grouped_mm would serve need a GPU.
+    tokens = min(tokens, 176 * experts // top_k)
+    x, up, down, weights = normal(
+        seed, (tokens, width), (experts, intermediate, width), (experts, width, intermediate), (tokens, top_k)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
+    index = index[:1].expand(tokens, -1) if routing == "one" else index
+    # A slice of a wider tensor, as a projection gives it.
+    x = torch.cat([x, x], 1).bfloat16()[:, :width]
+    check("moe_experts", [x, index, weights, up.bfloat16(), down.bfloat16()], grad=False)
+
+
+@pytest.mark.parametrize("tokens, experts, top_k", [(300, 9, 4), (200, 40, 1), (26, 3, 3)])
+def test_pairs_are_placed_by_expert_in_order(tokens, experts, top_k):
+    """Against a stable sort; the blocks are as long as may be, and hold every row once."""
+    grouped = sys.modules[f"{registry._bundle().__name__}.grouped_experts"]
+    index = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).topk(top_k).indices
+    if top_k == 1:
+        index.clamp_(max=experts // 2)  # leaves experts without a pair
+    placed = grouped.place_pairs(index.to("cuda" if ON_GPU else "cpu"), experts, 64)
+    keys, order = index.flatten().sort(stable=True)
+    assert placed.rows.cpu().tolist() == (order // top_k).tolist()
+    assert placed.place.cpu()[order].tolist() == list(range(tokens * top_k))
+    expected, begin = [], 0
+    for expert, count in enumerate(keys.bincount(minlength=experts).tolist()):
+        starts = range(begin, begin + count, 64)
+        expected += [[expert, start, min(start + 64, begin + count)] for start in starts]
+        begin += count
+    number, *blocks = placed.blocks.cpu().tolist()
+    assert number == len(expected)
+    assert blocks[: 3 * number] == [value for block in expected for value in block]
 
 
 @some

@@ -1,9 +1,10 @@
 """Routed experts without a gate: down(relu(up(x))^2), weighted and summed over the chosen experts.
 
-Two ways, chosen by the number of tokens:
+Three ways, chosen by the number of tokens:
 
 - Few tokens read each chosen expert's weights as a stream: one program for a few rows of one token's one expert. Nothing is
   sorted, nothing waits for the host, and the time is that of the bytes.
+- Some, up to a few thousand, without gradients: see `grouped_experts.py`.
 - Many tokens are sorted by expert and multiplied by `torch.nn.functional.grouped_mm`. Around it, one kernel each for the
   activation, the weighted sum back in the tokens' order, and everything the backward does between its products.
 """
@@ -18,9 +19,12 @@ from torch import Tensor
 
 from ._launch import as_operator, on
 from ._ops import add_op_namespace_prefix, ops
+from .grouped_experts import grouped_experts, serves
 
 # Up to here pairs rarely share an expert (512 experts, top-22), so each pair reads weights of its own.
 _FEW = 16
+# Pairs an expert has on average, up to which its products take as long as its weights take to be read: 4,096 tokens.
+_READING = 176
 
 
 @triton.jit
@@ -224,6 +228,22 @@ def _(x, index, weights, up, down):
     return x.new_empty(x.shape)
 
 
+def _prompt_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    if index.numel() <= _READING * up.shape[0] and serves(x, up, down):
+        return _combine(*grouped_experts(x, index, up, down), weights, *index.shape, x)
+    return _many_tokens(x, index, weights, up, down, keep_hidden=False)[0]
+
+
+@torch.library.custom_op(add_op_namespace_prefix("moe_experts_prompt"), mutates_args=())
+def _prompt_op(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return _prompt_tokens(x, index, weights, up, down)
+
+
+@_prompt_op.register_fake
+def _(x, index, weights, up, down):
+    return x.new_empty(x.shape)
+
+
 @torch.library.custom_op(add_op_namespace_prefix("moe_experts_backward"), mutates_args=())
 def _experts_backward_op(
     grad: Tensor, x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, hidden: Tensor
@@ -291,6 +311,4 @@ def moe_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Ten
         return _experts_op(x, index, weights, up, down)[0]
     if x.shape[0] <= _FEW:
         return (_decode_op if as_operator() else _few_tokens)(x, index, weights, up, down)
-    if as_operator():
-        return _experts_op(x, index, weights, up, down)[0]
-    return _many_tokens(x, index, weights, up, down, keep_hidden=False)[0]
+    return (_prompt_op if as_operator() else _prompt_tokens)(x, index, weights, up, down)
