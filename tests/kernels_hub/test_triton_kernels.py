@@ -165,6 +165,16 @@ def test_norms(check, lead, groups, group_size, size, gated, dtype, seed):
         check("rms_norm", [y, weight, 1e-5], seed=seed)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_whose_programs_take_several_rows(check, monkeypatch, dtype, rows):
+    """The backward loads a program's next row ahead of time: rows that its programs share evenly, and not."""
+    monkeypatch.setattr(sys.modules[f"{registry._bundle().__name__}.rms_norm"], "_WARPS", 4)
+    y, z, weight = normal(0, (rows, 48), (rows, 48), (48,), dtype=dtype)
+    check("gated_rms_norm", [y, z, weight, 1e-5, 24])  # two programs along the rows
+    check("rms_norm", [y, weight, 1e-5])  # four
+
+
 @some
 @given(
     tokens=st.integers(1, 9),

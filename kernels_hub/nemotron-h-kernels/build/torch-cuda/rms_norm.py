@@ -17,7 +17,7 @@ from torch import Tensor
 from ._launch import as_operator, block, on, rows_of
 from ._ops import add_op_namespace_prefix, ops
 
-_PROGRAMS = 264  # of the backward: two for each multiprocessor of an H100
+_WARPS = 132 * 16  # of all the backward's programs: what an H100 holds at once, at the 115 registers they take
 
 
 @triton.jit
@@ -62,31 +62,47 @@ def _backward_kernel(
     column = tl.program_id(1) * GROUP + i
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     grad_weight = tl.zeros([BLOCK], tl.float32)
-    for index in range(program, rows, tl.num_programs(0)):
-        row = tl.full((), 0, tl.int64) + index
-        y_row = tl.load(y + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+    step = tl.num_programs(0)
+    row = program.to(tl.int64)
+    y_next = tl.load(y + row * y_stride + column, mask=inside, other=0.0)
+    g_next = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0)
+    if GATED:
+        gate_next = tl.load(z + row * z_stride + column, mask=inside, other=0.0)
+    for _ in range(program, rows, step):
+        y_row, g = y_next.to(tl.float32), g_next.to(tl.float32)
+        # The next row is on its way while this one waits for its sums.
+        ahead = row + step
+        more = inside & (ahead < rows)
+        y_next = tl.load(y + ahead * y_stride + column, mask=more, other=0.0)
+        g_next = tl.load(grad + ahead * grad_stride + column, mask=more, other=0.0)
         v = y_row
         if GATED:
-            gate = tl.load(z + row * z_stride + column, mask=inside, other=0.0).to(tl.float32)
+            gate = gate_next.to(tl.float32)
+            gate_next = tl.load(z + ahead * z_stride + column, mask=more, other=0.0)
             sigmoid = tl.sigmoid(gate)
             silu = gate * sigmoid
             v = y_row * silu
+        along = v * g
         scale = tl.rsqrt(tl.sum(v * v, 0) / GROUP + eps)
-        normed = v * scale
-        grad_weight += g * normed
-        g = g * w
-        grad_v = scale * (g - normed * (tl.sum(g * normed, 0) / GROUP))
+        mean = tl.sum(along * w, 0) / GROUP  # of g w v: it does not wait for the scale
+        grad_weight += along * scale
+        grad_v = scale * (g * w - v * (scale * scale * mean))
         if GATED:
             slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
             tl.store(grad_z + row * width + column, (grad_v * y_row * slope).to(grad_z.dtype.element_ty), mask=inside)
             grad_v = grad_v * silu
         tl.store(grad_y + row * width + column, grad_v.to(grad_y.dtype.element_ty), mask=inside)
+        row = ahead
     tl.store(partial + program * width + column, grad_weight, mask=inside)
 
 
 def _warps(size: int) -> int:
     return min(16, max(1, size // 512))
+
+
+def _backward_warps(size: int) -> int:
+    """Eight values a thread, of three inputs, while that takes no more than eight warps."""
+    return max(_warps(size), min(8, size // 256))
 
 
 def _norm(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int) -> Tensor:
@@ -137,11 +153,12 @@ def _norm_backward_op(
     grad_z = y.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if rows == 0:
         return grad_y, grad_z, torch.zeros_like(weight)
-    programs = min(rows, _PROGRAMS)
+    size, groups = block(group_size), width // group_size
+    warps = _backward_warps(size)
+    programs = min(rows, max(1, _WARPS // (warps * groups)))
     partial = torch.empty(programs, width, dtype=torch.float32, device=y.device)
-    size = block(group_size)
     with on(y):
-        _backward_kernel[(programs, width // group_size)](
+        _backward_kernel[(programs, groups)](
             flat_grad,
             flat,
             gate,
@@ -158,7 +175,7 @@ def _norm_backward_op(
             group_size,
             size,
             z is not None,
-            num_warps=_warps(size),
+            num_warps=warps,
         )
     return grad_y, grad_z, partial.sum(0).to(weight.dtype)
 
