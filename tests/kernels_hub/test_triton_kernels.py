@@ -194,6 +194,21 @@ def test_routing(check, tokens, experts, data, normalise, scale, seed):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("experts, top_k", [(1, 1), (2, 1), (40, 22), (64, 64)])
+def test_routing_ranks_equals_by_their_index(experts, top_k):
+    """Best first; of equal ones the lower index. Signs of every kind: integers stand for the numbers inside."""
+    device = "cuda" if ON_GPU else "cpu"
+    logits, bias = (t.to(device) for t in normal(0, (3, experts), (experts,)))
+    logits[1], logits[2, ::3] = 0.5, -80.0
+    bias[::4] = bias[0]
+    choice = logits.sigmoid() + bias
+    with use_kernels("triton"):
+        weights, index = topk_routing(logits, bias, top_k, False)
+    expected = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    assert torch.equal(index, expected)
+    torch.testing.assert_close(weights, logits.sigmoid().gather(1, expected))
+
+
 def test_routing_of_what_is_not_a_number():
     """Indices stay valid: an index out of range would read another tensor's memory."""
     logits = torch.full((3, 6), float("nan"), device="cuda" if ON_GPU else "cpu")
