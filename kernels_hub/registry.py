@@ -258,12 +258,21 @@ def _small_linear_limits(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
 
 def _cross_entropy_limits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    ignore_index: int = -100,
+    chunk: int | None = None,
 ) -> str | None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.dtype != hidden.dtype:
         return f"`hidden` is {hidden.dtype} {tuple(hidden.shape)}, `weight` {weight.dtype} {tuple(weight.shape)}"
     if targets.dtype != torch.int64 or targets.shape != hidden.shape[:1]:
         return f"`targets` is {targets.dtype} {tuple(targets.shape)}, the kernel wants int64 {tuple(hidden.shape[:1])}"
+    if weights is not None and (weights.shape != targets.shape or not weights.is_floating_point()):
+        return f"`weights` is {weights.dtype} {tuple(weights.shape)}, the kernel wants floats {tuple(targets.shape)}"
+    if weights is not None and torch.is_grad_enabled() and weights.requires_grad:
+        return "`weights` require a gradient, and get none here: detach them"
     return _dtype_of("hidden", hidden)
 
 

@@ -36,7 +36,7 @@ from .linear import NemotronHLinear
 from .mamba2 import NemotronHMamba2Mixer
 from .mtp import NemotronHMTP
 from .norms import NemotronHRMSNorm
-from .objective import cross_entropy_ahead, mtp_cross_entropy
+from .objective import training_objective
 from .published_state import take_published_names
 from .quantization_file import drop_quantization, find_quantization
 from .remote_code import AUTO_MAP, STUB_FILE, write_stub
@@ -383,11 +383,18 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
 
         loss = lm_term = mtp_term = None
         if labels is not None:
-            head = self.lm_head
-            loss = lm_term = cross_entropy_ahead(head, hidden_states, labels, 1, layout, items, loss_weights, logits)
-            if ahead:
-                mtp_term = mtp_cross_entropy(head, ahead, labels, layout, items, loss_weights, mtp_logits)
-                loss = lm_term + self.config.mtp_loss_scaling_factor * mtp_term
+            loss, lm_term, mtp_term = training_objective(
+                self.lm_head,
+                hidden_states,
+                ahead,
+                labels,
+                layout,
+                self.config.mtp_loss_scaling_factor,
+                items,
+                loss_weights,
+                logits,
+                mtp_logits,
+            )
 
         return NemotronHCausalLMOutput(
             loss=loss,

@@ -10,6 +10,7 @@ term's own sum of weights. Unless logits are wanted for themselves, they are nev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,79 +26,96 @@ from .token_layout import TokenLayout
 _TOKENS_PER_CALL = 1024
 
 
-def cross_entropy_ahead(
+class Objective(NamedTuple):
+    """What `training_objective` gives: the loss to differentiate, and its terms without a gradient, for logs."""
+
+    loss: Tensor  # ()
+    next_token: Tensor  # ()
+    mtp: Tensor | None  # (), the mean over depths, before scaling
+
+
+def training_objective(
     head: nn.Module,
     hidden_states: Tensor,
+    ahead: Sequence[Tensor],
     labels: Tensor,
-    steps: int,
     layout: TokenLayout,
+    mtp_scale: float = 0.0,
     num_items_in_batch: Tensor | int | None = None,
     loss_weights: Tensor | None = None,
     logits: Tensor | None = None,
-) -> Tensor:
-    """Cross entropy of head(hidden_states) against the labels `steps` tokens ahead in the same document.
+    mtp_logits: Sequence[Tensor] | None = None,
+) -> Objective:
+    """Cross entropy of head(hidden_states) against the next label, and of head(ahead[k]) against the one k + 2 tokens ahead.
+
+    All terms that have no logits yet go through the head together, so its weight gets one gradient, made once.
 
     Args:
         head: from (tokens, hidden) to (tokens, vocab).
         hidden_states: (batch, seq, hidden).
+        ahead: for each MTP depth (batch, seq, hidden); none without MTP.
         labels: (batch, seq) int64, -100 where there is nothing to predict; not shifted.
-        num_items_in_batch: what the sum is divided by; by default the sum of the targets' weights. Without targets the
+        mtp_scale: what the mean of the depths counts in the loss.
+        num_items_in_batch: what each term's sum is divided by; by default the sum of its targets' weights. Without targets the
             loss is 0.
-        loss_weights: (batch, seq) float, what each label counts; by default 1.
-        logits: (batch, seq, vocab), if they were computed anyway.
+        loss_weights: (batch, seq) float, what each label counts; by default 1. They get no gradient.
+        logits, mtp_logits: (batch, seq, vocab), for each depth in the latter, if they were computed anyway.
     """
-    targets = layout.ahead(labels, steps, fill=-100).reshape(-1)
-    if logits is None:
-        losses = token_losses(head, hidden_states.flatten(0, 1), targets)
-    else:
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100, reduction="none")
-    weights = (targets != -100).to(losses.dtype)
+    states, given = [hidden_states, *ahead], [logits, *(mtp_logits or [None] * len(ahead))]
+    shares = [1.0] + [mtp_scale / len(ahead) for _ in ahead]
+    work = torch.promote_types(hidden_states.dtype, torch.float32)
+    targets = [layout.ahead(labels, steps, fill=-100).reshape(-1) for steps in range(1, len(states) + 1)]
+    weights = [(t != -100).to(work) for t in targets]
     if loss_weights is not None:
-        weights = weights * layout.ahead(loss_weights, steps, fill=0.0).reshape(-1).to(losses.dtype)
+        counts = loss_weights.detach().to(work)
+        weights = [w * layout.ahead(counts, k, fill=0.0).reshape(-1) for k, w in enumerate(weights, start=1)]
     if num_items_in_batch is None:
-        total = weights.sum()
-        num_items_in_batch = torch.where(total > 0, total, torch.ones_like(total))
-    elif isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(losses.device)
-    return (losses * weights).sum() / num_items_in_batch
+        sums = torch.stack(weights).sum(1)
+        items = torch.where(sums > 0, sums, torch.ones_like(sums))
+    else:
+        items = torch.as_tensor(num_items_in_batch, device=hidden_states.device).to(work).expand(len(states))
+    # Relative to the first term's normaliser, by which the sum is divided: gradients of the logits stay of the order of 1.
+    relative = [w * (share * items[0] / n) for w, share, n in zip(weights, shares, items, strict=True)]
 
-
-def mtp_cross_entropy(
-    head: nn.Module,
-    ahead: Sequence[Tensor],
-    labels: Tensor,
-    layout: TokenLayout,
-    num_items_in_batch: Tensor | int | None = None,
-    loss_weights: Tensor | None = None,
-    logits: Sequence[Tensor] | None = None,
-) -> Tensor:
-    """Mean over depths of the MTP cross entropies; `ahead[k]` (batch, seq, hidden) predicts k + 2 tokens ahead."""
-    losses = [
-        cross_entropy_ahead(
-            head, h, labels, depth + 2, layout, num_items_in_batch, loss_weights, logits[depth] if logits else None
-        )
-        for depth, h in enumerate(ahead)
+    losses: list[Tensor | None] = [
+        None if whole is None else F.cross_entropy(whole.flatten(0, 1).float(), t, ignore_index=-100, reduction="none")
+        for whole, t in zip(given, targets, strict=True)
     ]
-    return sum(losses[1:], losses[0]) / len(losses)
+    total = sum((one * w).sum() for one, w in zip(losses, relative, strict=True) if one is not None)
+    rest = [k for k, one in enumerate(losses) if one is None]
+    if rest:
+        together, *joined = (
+            torch.cat([part[k] for k in rest]) for part in ([s.flatten(0, 1) for s in states], targets, relative)
+        )
+        summed, each = _weighted_losses(head, together, *joined)
+        total = total + summed
+        for k, one in zip(rest, each.split(targets[0].numel()), strict=True):
+            losses[k] = one
+    terms = [(one.detach() * w).sum() / n for one, w, n in zip(losses, weights, items, strict=True) if one is not None]
+    return Objective(total / items[0], terms[0], torch.stack(terms[1:]).mean() if ahead else None)
 
 
-def token_losses(head: nn.Module, hidden_states: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy per token, (tokens,) float32, 0 where the target is -100, without the logits of all tokens at once.
+def _weighted_losses(
+    head: nn.Module, hidden_states: Tensor, targets: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the cross entropies, (), and each token's own, (tokens,), without the logits of all tokens at once.
 
     Args:
         hidden_states: (tokens, hidden).
-        targets: (tokens,) int64.
+        targets: (tokens,) int64, -100 where there is nothing to predict.
+        weights: (tokens,), without a gradient.
     """
     if _is_plain(head):
         weight, device = head.weight, hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return linear_cross_entropy(hidden_states.to(dtype), weight.to(dtype), targets)
+        return linear_cross_entropy(hidden_states.to(dtype), weight.to(dtype), targets, weights)
 
     def losses(part: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(head(part).float(), wanted, ignore_index=-100, reduction="none")
 
     parts = zip(hidden_states.split(_TOKENS_PER_CALL), targets.split(_TOKENS_PER_CALL), strict=True)
-    return torch.cat([checkpoint(losses, part, wanted, use_reentrant=False) for part, wanted in parts])
+    each = torch.cat([checkpoint(losses, part, wanted, use_reentrant=False) for part, wanted in parts])
+    return (each * weights).sum(), each
 
 
 def _is_plain(head: nn.Module) -> bool:

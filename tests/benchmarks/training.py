@@ -108,9 +108,8 @@ def head_memory(length: int, device: str, shape: str) -> dict[str, dict[str, flo
         torch.autograd.grad(loss, (x, head))
 
     def fused() -> None:
-        out = linear_cross_entropy(x, head, target)
-        loss = out[0] if isinstance(out, tuple) else out
-        torch.autograd.grad(loss.sum(), (x, head))
+        loss, _ = linear_cross_entropy(x, head, target)
+        torch.autograd.grad(loss, (x, head))
 
     def run(work: Callable[[], None]) -> dict[str, float]:
         gc.collect()

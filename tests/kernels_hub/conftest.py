@@ -176,22 +176,21 @@ def _exact(value):
     return value.detach().double() if torch.is_tensor(value) and value.is_floating_point() else value
 
 
-def _leaves(args):
-    return [a for a in args if torch.is_tensor(a) and a.is_floating_point()]
-
-
-def _run(op, source, args, grad, seed, in_place=0):
-    """Outputs, then gradients of all floating inputs, then the inputs written in place."""
+def _run(op, source, args, grad, seed, in_place=0, constant=()):
+    """Outputs, then gradients of all floating inputs that are not `constant`, then the inputs written in place."""
     args = [a.detach().clone() if torch.is_tensor(a) else a for a in args]
-    args = [a.requires_grad_(grad) if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+    leaves = [a for i, a in enumerate(args) if torch.is_tensor(a) and a.is_floating_point() and i not in constant]
+    for leaf in leaves:
+        leaf.requires_grad_(grad)
     with torch.set_grad_enabled(grad), use_kernels(source):
         outputs = op(*args)
         outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.is_floating_point()]
         grads = []
         if grad:
             generator = torch.Generator().manual_seed(seed)
-            upstream = [torch.randn(o.shape, generator=generator).to(o.device).bfloat16().to(o.dtype) for o in outputs]
-            grads = torch.autograd.grad(outputs, _leaves(args), upstream)
+            wanted = [o for o in outputs if o.requires_grad]
+            upstream = [torch.randn(o.shape, generator=generator).to(o.device).bfloat16().to(o.dtype) for o in wanted]
+            grads = torch.autograd.grad(wanted, leaves, upstream)
     return [t.detach() for t in (*outputs, *grads, *args[:in_place])]
 
 
@@ -200,15 +199,16 @@ def check():
     """`check(name, args, grad=True, in_place=0)`: the Triton kernel of an op against its reference.
 
     `in_place`: how many leading arguments the op changes; they are compared after the call. `floors`: for single
-    results, what the error may be whatever torch's own is, instead of 1e-5.
+    results, what the error may be whatever torch's own is, instead of 1e-5. `constant`: places of floating inputs that
+    have no gradient.
     """
 
-    def compare(name, args, grad=True, in_place=0, seed=0, floors=None):
+    def compare(name, args, grad=True, in_place=0, seed=0, floors=None, constant=()):
         op = getattr(registry, name)
         args = [a.to(DEVICE) if torch.is_tensor(a) else a for a in args]
-        found = _run(op, "triton", args, grad, seed, in_place)
-        same = _run(op, "torch", args, grad, seed, in_place)
-        exact = _run(op, "torch", [_exact(a) for a in args], grad, seed, in_place)
+        found = _run(op, "triton", args, grad, seed, in_place, constant)
+        same = _run(op, "torch", args, grad, seed, in_place, constant)
+        exact = _run(op, "torch", [_exact(a) for a in args], grad, seed, in_place, constant)
         for place, (a, b, truth) in enumerate(zip(found, same, exact, strict=True)):
             assert a.shape == b.shape and a.dtype == b.dtype, f"{name}, result {place}: {a.dtype} {tuple(a.shape)}"
             size = truth.norm().item() or 1.0

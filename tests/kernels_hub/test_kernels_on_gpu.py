@@ -156,11 +156,35 @@ def test_linear_map_of_few_tokens(check, tokens, out, width):
     check("small_batch_linear", args, grad=False)
 
 
-@pytest.mark.parametrize("tokens, vocab, chunk", [(70, 131072, None), (300, 131072, 128), (9, 61, 4)])
-def test_cross_entropy_from_hidden_states(check, tokens, vocab, chunk):
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, vocab, chunk", [(70, 131072, None), (300, 131072, 128), (9, 61, 4), (33, 50257, 16)])
+def test_cross_entropy_from_hidden_states(check, tokens, vocab, chunk, dtype, weighted):
     targets = torch.randint(vocab, (tokens,), device="cuda")
     targets[::3] = -100
-    check("linear_cross_entropy", [normal(tokens, 1024), normal(vocab, 1024, scale=0.05), targets, -100, chunk])
+    weights = torch.rand(tokens, device="cuda") if weighted else None
+    hidden, weight = normal(tokens, 1024, dtype=dtype), normal(vocab, 1024, dtype=dtype, scale=0.05)
+    check("linear_cross_entropy", [hidden, weight, targets, weights, -100, chunk], constant={3})
+
+
+def test_cross_entropy_does_not_wait_for_the_host():
+    """Forward and backward, in one block and in several, whatever scales the loss."""
+    hidden, weight = normal(64, 256).requires_grad_(), normal(1000, 256).requires_grad_()
+    targets, items = torch.randint(1000, (64,), device="cuda"), torch.tensor(7.0, device="cuda")
+
+    def step(chunk):
+        with use_kernels(linear_cross_entropy="triton"):
+            loss, _ = registry.linear_cross_entropy(hidden, weight, targets, chunk=chunk)
+        (loss / items).backward()
+
+    for chunk in (None, 16):
+        step(chunk)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(chunk)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_everything_is_served_by_triton():

@@ -29,10 +29,19 @@ def plain(hidden, weight, targets):
 )  # fmt: skip
 def test_losses_and_gradients(tokens, width, vocab, chunk, seed, ignored):
     hidden, weight, targets, upstream = make_inputs(tokens, width, vocab, seed=seed, ignored=ignored)
-    found, expected = linear_cross_entropy(hidden, weight, targets, chunk=chunk), plain(hidden, weight, targets)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    for a, b in zip(*(torch.autograd.grad(o, (hidden, weight), upstream) for o in (found, expected)), strict=True):
+    (total, losses), each = (
+        linear_cross_entropy(hidden, weight, targets, upstream, chunk=chunk),
+        plain(hidden, weight, targets),
+    )
+    expected = (each * upstream).sum()
+    assert not losses.requires_grad
+    torch.testing.assert_close(losses, each.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(total, expected, rtol=1e-10, atol=1e-12)
+    grads = (torch.autograd.grad(-2.5 * o, (hidden, weight)) for o in (total, expected))
+    for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, targets, upstream, chunk=chunk)[0].equal(total)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
@@ -40,7 +49,7 @@ def test_one_side_frozen(frozen):
     hidden, weight, targets, upstream = make_inputs(12, 5, 17)
     (hidden if frozen == "hidden" else weight).requires_grad_(False)
     free = weight if frozen == "hidden" else hidden
-    (found,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, chunk=5), free, upstream)
+    (found,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, upstream, chunk=5)[0], free)
     (expected,) = torch.autograd.grad(plain(hidden, weight, targets), free, upstream)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
@@ -49,8 +58,8 @@ def test_extreme_logits():
     hidden, weight, targets, _ = make_inputs(8, 4, 11, torch.float32, ignored=0.0)
     with torch.no_grad():
         hidden.mul_(1e3)
-    losses = linear_cross_entropy(hidden, weight, targets, chunk=3)
-    losses.sum().backward()
+    total, losses = linear_cross_entropy(hidden, weight, targets, chunk=3)
+    total.backward()
     torch.testing.assert_close(losses.double(), plain(hidden, weight, targets), rtol=1e-5, atol=1e-3)
     assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 
@@ -63,9 +72,9 @@ def test_low_precision(dtype):
     expected = plain(*exact, targets)
     expected_grads = torch.autograd.grad(expected, exact, upstream)
     for chunk in (300, 7):
-        found = linear_cross_entropy(hidden, weight, targets, chunk=chunk)
-        assert found.dtype == torch.float32
-        grads = torch.autograd.grad(found, (hidden, weight), upstream.float())
+        total, found = linear_cross_entropy(hidden, weight, targets, upstream.float(), chunk=chunk)
+        assert found.dtype == total.dtype == torch.float32
+        grads = torch.autograd.grad(total, (hidden, weight))
         for a, b in zip((found, *grads), (expected, *expected_grads), strict=True):
             assert (a.double() - b).norm() <= 2 * torch.finfo(dtype).eps * b.norm()
 
@@ -81,7 +90,7 @@ def test_no_temporary_is_larger_than_a_chunk():
     tokens, width, vocab, chunk = 1000, 8, 500, 50
     hidden, weight, targets, _ = make_inputs(tokens, width, vocab, torch.float32, ignored=0.0)
     whole = largest_allocation(lambda: F.cross_entropy(hidden @ weight.t(), targets).backward())
-    chunked = largest_allocation(lambda: linear_cross_entropy(hidden, weight, targets, chunk=chunk).sum().backward())
+    chunked = largest_allocation(lambda: linear_cross_entropy(hidden, weight, targets, chunk=chunk)[0].backward())
     assert whole == 4 * tokens * vocab
     assert chunked == 4 * chunk * vocab
 
@@ -102,4 +111,14 @@ def test_wrong_shapes(shapes, message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operator_registration(dtype):
     hidden, weight, targets, _ = make_inputs(9, 4, 7, dtype)
-    torch.library.opcheck(torch.ops.nemotron_super.linear_cross_entropy.default, (hidden, weight, targets, -100, 4))
+    torch.library.opcheck(
+        torch.ops.nemotron_super.linear_cross_entropy.default, (hidden, weight, targets, None, -100, 4, True, True)
+    )
+
+
+def test_weights_have_no_gradient():
+    hidden, weight, targets, upstream = make_inputs(4, 3, 5)
+    with pytest.raises(ValueError, match="`weights` require a gradient"):
+        linear_cross_entropy(hidden, weight, targets, upstream.requires_grad_())
+    with pytest.raises(ValueError, match=r"`weights` has shape \(3,\), expected \(4,\)"):
+        linear_cross_entropy(hidden, weight, targets, upstream.detach()[:3])

@@ -204,6 +204,21 @@ def test_routing(check, tokens, experts, data, normalise, scale, seed):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("experts, top_k", [(1, 1), (2, 1), (40, 22), (64, 64)])
+def test_routing_ranks_equals_by_their_index(experts, top_k):
+    """Best first; of equal ones the lower index. Signs of every kind: integers stand for the numbers inside."""
+    device = "cuda" if ON_GPU else "cpu"
+    logits, bias = (t.to(device) for t in normal(0, (3, experts), (experts,)))
+    logits[1], logits[2, ::3] = 0.5, -80.0
+    bias[::4] = bias[0]
+    choice = logits.sigmoid() + bias
+    with use_kernels("triton"):
+        weights, index = topk_routing(logits, bias, top_k, False)
+    expected = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    assert torch.equal(index, expected)
+    torch.testing.assert_close(weights, logits.sigmoid().gather(1, expected))
+
+
 def test_routing_of_what_is_not_a_number():
     """Indices stay valid: an index out of range would read another tensor's memory."""
     logits = torch.full((3, 6), float("nan"), device="cuda" if ON_GPU else "cpu")
@@ -388,19 +403,40 @@ def test_linear_map_of_few_tokens(check, tokens, width, rows, with_bias, dtype, 
 @given(
     tokens=st.integers(1, 9),
     width=st.sampled_from([1, 8, 33]),
-    vocab=st.sampled_from([1, 2, 61, 4096, 4100]),
+    vocab=st.sampled_from([1, 2, 61, 4096, 16390]),
     chunk=st.sampled_from([1, 4, None]),
     size=st.sampled_from([0.1, 1.0, 20.0]),
     ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    weighted=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=seeds,
 )
-def test_cross_entropy_from_hidden_states(check, tokens, width, vocab, chunk, size, ignored, dtype, seed):
+def test_cross_entropy_from_hidden_states(check, tokens, width, vocab, chunk, size, ignored, weighted, dtype, seed):
     hidden, weight = normal(seed, (tokens, width), (vocab, width), dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(vocab, (tokens,), generator=generator)
     targets[torch.rand(tokens, generator=generator) < ignored] = -100
-    check("linear_cross_entropy", [hidden, (weight * size).to(dtype), targets, -100, chunk], seed=seed)
+    weights = torch.randn(tokens, generator=generator) if weighted else None
+    args = [hidden, (weight * size).to(dtype), targets, weights, -100, chunk]
+    check("linear_cross_entropy", args, seed=seed, constant={3})
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (0, 1)])
+def test_cross_entropy_makes_no_gradient_that_nobody_wants(check, frozen):
+    hidden, weight = normal(0, (5, 8), (70, 8), dtype=torch.bfloat16)
+    targets = torch.tensor([3, -100, 69, 0, 5])
+    for chunk in (2, None):
+        check(
+            "linear_cross_entropy",
+            [hidden, weight, targets, None, -100, chunk],
+            grad=frozen != (0, 1),
+            constant=frozen,
+        )
+    ops = registry._bundle()._ops.ops
+    device = "cuda" if ON_GPU else "cpu"
+    flags = [place not in frozen for place in (0, 1)]
+    _, _, *grads = ops.linear_cross_entropy(*(t.to(device) for t in (hidden, weight, targets)), None, -100, 2, *flags)
+    assert [bool(g.numel()) for g in grads] == flags
 
 
 def test_targets_and_logits_that_are_no_numbers():
@@ -409,8 +445,8 @@ def test_targets_and_logits_that_are_no_numbers():
     hidden, weight = torch.randn(4, 8, device=device), torch.randn(20, 8, device=device)
     hidden[3] = float("nan")
     with use_kernels("triton"):
-        losses = registry.linear_cross_entropy(hidden, weight, torch.tensor([3, 20, -1, 3], device=device))
-    assert losses.isnan().tolist() == [False, True, True, True]
+        loss, losses = registry.linear_cross_entropy(hidden, weight, torch.tensor([3, 20, -1, 3], device=device))
+    assert losses.isnan().tolist() == [False, True, True, True] and loss.isnan()
 
 
 def test_slices_of_a_projection(check):
@@ -462,7 +498,10 @@ def test_operator_registration(grad):
     torch.library.opcheck(ops.topk_routing.default, (leaf(3, 8), torch.zeros(8, device=device), 2, True, 2.0))
     torch.library.opcheck(ops.add_rms_norm.default, (leaf(3, 8), leaf(3, 8), leaf(8), 1e-5))
     targets = torch.tensor([1, -100, 4], device=device)
-    torch.library.opcheck(ops.linear_cross_entropy.default, (leaf(3, 8), leaf(5, 8), targets, -100, 2))
+    counts = torch.rand(3, device=device)
+    for weights, chunk in ((None, 2), (counts, 0)):
+        args = (leaf(3, 8), leaf(5, 8), targets, weights, -100, chunk, grad, grad)
+        torch.library.opcheck(ops.linear_cross_entropy.default, args)
     if not grad:
         torch.library.opcheck(ops.small_batch_linear.default, (leaf(3, 8), leaf(5, 8), None))
         state = torch.randn(1, 6, 4, device=device)

@@ -152,7 +152,7 @@ def test_autocast(model):
     grads = []
     for asked in (False, True):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(ids, labels=labels, output_logits=asked, use_cache=False).lm_loss
+            loss = model(ids, labels=labels, output_logits=asked, use_cache=False).loss
         grads.append((loss, *torch.autograd.grad(loss, [model.lm_head.weight, model.model.norm_f.weight])))
     for a, b in zip(*grads, strict=True):
         assert a.dtype == b.dtype == torch.float32

@@ -76,13 +76,14 @@ def _combine_kernel(
     PLACED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     W: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """out[token] = sum over its pairs of weight * y[place[pair]], each in PARTS, in float32 and always in the same order."""
     token = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * W + tl.arange(0, W)
     inside = c < width
     total = tl.zeros([W], tl.float32)
-    for k in range(0, TOP_K):
+    for k in tl.range(0, TOP_K, loop_unroll_factor=UNROLL):
         pair = token * TOP_K + k
         row = pair
         if PLACED:
@@ -138,7 +139,9 @@ def _gather_kernel(grad, rows, pair_weights, plain, scaled, width, W: tl.constex
 def _combine(y: Tensor, place: Tensor | None, weights: Tensor | None, tokens: int, top_k: int, like: Tensor) -> Tensor:
     width = y.shape[-1]
     out = torch.empty(tokens, width, dtype=like.dtype, device=y.device)
-    size = min(1024, triton.next_power_of_2(width))
+    # Few tokens wait for memory: more programs, each with all its rows on their way at once.
+    few = tokens <= 64
+    size = min(64 if few else 1024, triton.next_power_of_2(width))
     if tokens:
         with on(y):
             _combine_kernel[(tokens, triton.cdiv(width, size))](
@@ -152,6 +155,7 @@ def _combine(y: Tensor, place: Tensor | None, weights: Tensor | None, tokens: in
                 place is not None,
                 weights is not None,
                 size,
+                top_k if few else 1,
                 num_warps=max(1, size // 256),
             )
     return out

@@ -42,16 +42,16 @@ def _route_kernel(
     # What is not a number ranks below every number and above the padding, so that an index is always valid.
     choice = tl.where(choice == choice, choice, -3.0e38)
     choice = tl.where(inside, choice, float("-inf"))
-    chosen = tl.zeros([SLOTS], tl.int32)
-    kept = tl.zeros([SLOTS], tl.float32)
-    for k in tl.static_range(TOP_K):
-        best = tl.argmax(choice, 0)
-        chosen = tl.where(slot == k, best, chosen)
-        kept = tl.where(slot == k, tl.sum(tl.where(e == best, score, 0.0), 0), kept)
-        choice = tl.where(e == best, float("-inf"), choice)
-    if NORMALISE:
-        kept = kept / (tl.sum(kept, 0) + 1e-20)
+    # One bitonic selection of keys that hold both: the choice's bits, as integers of the same order, and behind them the
+    # expert, the lower the larger. Taking the largest away one after another would wait for a reduction each time.
+    bits = choice.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    best = tl.topk((bits.to(tl.int64) << 32) | (E - 1 - e).to(tl.int64), SLOTS)
+    chosen = E - 1 - (best & (E - 1)).to(tl.int32)
     used = slot < TOP_K
+    kept = tl.sigmoid(tl.load(logits + row * experts + chosen, mask=used, other=0.0))
+    if NORMALISE:
+        kept = kept / (tl.sum(tl.where(used, kept, 0.0), 0) + 1e-20)
     tl.store(weights + row * TOP_K + slot, kept * scale, mask=used)
     tl.store(index + row * TOP_K + slot, chosen.to(tl.int64), mask=used)
 
@@ -90,6 +90,7 @@ def _route(logits: Tensor, bias: Tensor, top_k: int, normalise: bool, scale: flo
     logits = logits.contiguous()
     weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
     index = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
+    size = block(experts, 2)
     if tokens:
         with on(logits):
             _route_kernel[(tokens,)](
@@ -100,10 +101,11 @@ def _route(logits: Tensor, bias: Tensor, top_k: int, normalise: bool, scale: flo
                 experts,
                 scale,
                 top_k,
-                block(top_k, 1),
-                block(experts, 1),
+                block(top_k, 2),
+                size,
                 normalise,
-                num_warps=1 if tokens > 64 else 4,
+                # Few tokens want it soon, many want few instructions in all.
+                num_warps=min(32, max(1, size // 512) if tokens > 64 else max(4, size // 128)),
             )
     return weights, index
 
