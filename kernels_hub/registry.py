@@ -54,14 +54,8 @@ from .reference.topk_routing import topk_routing as _topk_routing
 BUNDLE = Path(__file__).parent / "nemotron-h-kernels"
 SETTING = "NEMOTRON_SUPER_KERNELS"
 SOURCES = ("hub", "triton", "package", "torch")
-# Bundled kernels that have only run in Triton's interpreter so far. They serve where they are forced, not by themselves.
-_INTERPRETED_ONLY: frozenset[str] = frozenset(
-    {
-        *("nvfp4_linear", "fp8_linear", "nvfp4_experts", "fp8_experts"),
-        *("add_rms_norm", "causal_conv1d_replay", "selective_state_replay"),
-        *("linear_cross_entropy", "small_batch_linear"),
-    }
-)
+# Bundled kernels that have only run in Triton's interpreter so far: they serve where they are forced, not by themselves. None now.
+_INTERPRETED_ONLY: frozenset[str] = frozenset()
 _SERVED = (torch.bfloat16, torch.float32)
 
 
