@@ -61,7 +61,8 @@ def training_objective(
         loss_weights: (batch, seq) float, what each label counts; by default 1. They get no gradient.
         logits, mtp_logits: (batch, seq, vocab), for each depth in the latter, if they were computed anyway.
     """
-    states, given = [hidden_states, *ahead], [logits, *(mtp_logits or [None] * len(ahead))]
+    states = [hidden_states, *ahead]
+    given: list[Tensor | None] = [logits, *(mtp_logits or [None for _ in ahead])]
     shares = [1.0] + [mtp_scale / len(ahead) for _ in ahead]
     work = torch.promote_types(hidden_states.dtype, torch.float32)
     targets = [layout.ahead(labels, steps, fill=-100).reshape(-1) for steps in range(1, len(states) + 1)]

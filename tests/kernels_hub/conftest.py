@@ -185,7 +185,7 @@ def _run(op, source, args, grad, seed, in_place=0, constant=()):
     with torch.set_grad_enabled(grad), use_kernels(source):
         outputs = op(*args)
         outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.is_floating_point()]
-        grads = []
+        grads: list[torch.Tensor] = []
         if grad:
             generator = torch.Generator().manual_seed(seed)
             wanted = [o for o in outputs if o.requires_grad]
