@@ -54,8 +54,6 @@ from .reference.topk_routing import topk_routing as _topk_routing
 BUNDLE = Path(__file__).parent / "nemotron-h-kernels"
 SETTING = "NEMOTRON_SUPER_KERNELS"
 SOURCES = ("hub", "triton", "package", "torch")
-# Bundled kernels that have only run in Triton's interpreter so far: they serve where they are forced, not by themselves. None now.
-_INTERPRETED_ONLY: frozenset[str] = frozenset()
 _SERVED = (torch.bfloat16, torch.float32)
 
 
@@ -283,8 +281,7 @@ class Op:
             # Whoever kernelized the model has chosen this one: it speaks the convention of the name it was chosen by.
             return getattr(conventions, self.name)(hub, *args, **kwargs)
         # Without these lines first, a decoded token would pay for choices that have one outcome.
-        untried = self.name in _INTERPRETED_ONLY and not _repositories
-        if forced == "torch" or (forced is None and (untried or not args[0].is_cuda)):
+        if forced == "torch" or (forced is None and not args[0].is_cuda):
             return self.reference(*args, **kwargs)
         source, kernel, reason = self.choose(*args, **kwargs)
         if forced is not None and source != forced:
@@ -446,8 +443,6 @@ def _cannot_load(source: str, op: str) -> str | None:
         return _no_package(op)
     if source == "triton" and not _has_triton:
         return "triton is not installed"
-    if source == "triton" and op in _INTERPRETED_ONLY and op not in _forced:
-        return "the kernel has not run on a GPU yet, only in Triton's interpreter: force it to try it"
     return None
 
 

@@ -286,8 +286,8 @@ class NemotronHCausalLMOutput(MoeCausalLMOutputWithPast):
     Args:
         loss: what to minimise: `lm_loss`, plus the scaled `mtp_loss` where MTP ran.
         logits: (batch, seq, vocab); None while training on labels, unless asked for with `output_logits=True`.
-        lm_loss: next-token cross entropy, in nats per token, where MTP ran (otherwise it is `loss`).
-        mtp_loss: mean over depths of the MTP cross entropies, before scaling.
+        lm_loss: next-token cross entropy, in nats per token, where MTP ran (otherwise it is `loss`); for logs, without a gradient.
+        mtp_loss: mean over depths of the MTP cross entropies, before scaling; without a gradient too.
         mtp_logits: one (batch, seq, vocab) tensor per depth; position t of entry k predicts token t + k + 2.
     """
 

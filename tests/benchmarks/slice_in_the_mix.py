@@ -16,7 +16,7 @@ import torch
 import transformers
 from against_transformers import RESULTS, SHAPES, hardware
 from nemotron_super import NemotronHConfig, preset
-from super_on_one_gpu import build, gigabytes, packed_kernels, seconds, step_seconds
+from super_on_one_gpu import build, gigabytes, seconds, step_seconds
 
 
 def measure(config: NemotronHConfig, recipe: str | None, options: argparse.Namespace) -> dict[str, float | str]:
@@ -34,7 +34,7 @@ def measure(config: NemotronHConfig, recipe: str | None, options: argparse.Names
         except Exception as error:
             found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
 
-    with torch.inference_mode(), packed_kernels(device):
+    with torch.inference_mode():
         for batch in (1, 8):
             prompt = ids(batch, options.prompt)
             note(

@@ -12,13 +12,11 @@ divide real tokens per step (see mtp.py) by it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import math
 import resource
 import time
-from collections.abc import Iterator
 
 import torch
 import transformers
@@ -26,8 +24,6 @@ from against_transformers import RESULTS, hardware
 from decoding import Statistics
 from nemotron_super import NemotronHConfig, NemotronHForCausalLM, NVFP4Config, preset
 from nemotron_super.conversion.quantizer import install_empty
-from nemotron_super.kernels_hub import registry
-from nemotron_super.kernels_hub.registry import use_kernels
 from nemotron_super.modeling.quantized_layers import QuantizedExperts, QuantizedLinear
 
 E2M1_RMS, E4M3_RMS = 2.93, 95.0  # of codes that are all equally likely
@@ -86,16 +82,6 @@ def fill(module: torch.nn.Module, key: str, tensor: torch.Tensor, std: float) ->
         tensor.normal_(0.0, std)
 
 
-@contextlib.contextmanager
-def packed_kernels(device: str) -> Iterator[None]:
-    """Kernels of packed weights serve on a GPU even while they do not by themselves."""
-    names = (
-        [name for name in registry._INTERPRETED_ONLY if name.startswith(("nvfp4", "fp8"))] if device == "cuda" else []
-    )
-    with use_kernels(**dict.fromkeys(names, "triton")):
-        yield
-
-
 def seconds(work, device: str, repeats: int = 3) -> float:
     """Median time of `work`, after one call that is not counted."""
     times = []
@@ -149,19 +135,18 @@ def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
     cache = {} if options.cache == "dynamic" else {"cache_implementation": options.cache}
     if options.prefill_chunk:
         cache["prefill_chunk_size"] = options.prefill_chunk
-    with packed_kernels(options.device):
-        if not options.prefill_chunk:
-            took = seconds(lambda: model(prompt, use_cache=True, logits_to_keep=1), options.device)
-            found["prefill, tokens/s"] = prompt.numel() / took
-        if options.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        step = step_seconds(model, prompt, options.new_tokens, options.device, **cache)
-        found["plain step, ms"], found["plain, tokens/s"] = step * 1e3, options.batch / step
-        if model.mtp is not None and options.drafts:
-            drafting = {"use_mtp": True, "num_assistant_tokens": options.drafts}
-            step = step_seconds(model, prompt, options.new_tokens, options.device, **cache, **drafting)
-            found[f"step with {options.drafts} drafts, ms"] = step * 1e3
-            found["tokens/s if all drafts were kept"] = options.batch * (options.drafts + 1) / step
+    if not options.prefill_chunk:
+        took = seconds(lambda: model(prompt, use_cache=True, logits_to_keep=1), options.device)
+        found["prefill, tokens/s"] = prompt.numel() / took
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step = step_seconds(model, prompt, options.new_tokens, options.device, **cache)
+    found["plain step, ms"], found["plain, tokens/s"] = step * 1e3, options.batch / step
+    if model.mtp is not None and options.drafts:
+        drafting = {"use_mtp": True, "num_assistant_tokens": options.drafts}
+        step = step_seconds(model, prompt, options.new_tokens, options.device, **cache, **drafting)
+        found[f"step with {options.drafts} drafts, ms"] = step * 1e3
+        found["tokens/s if all drafts were kept"] = options.batch * (options.drafts + 1) / step
     if options.device == "cuda":
         found["peak while generating, GB"] = torch.cuda.max_memory_allocated() / 1e9
         found["memory of the GPU, GB"] = torch.cuda.get_device_properties(0).total_memory / 1e9

@@ -28,14 +28,29 @@ DEPTHS = 2
 def active(model: torch.nn.Module, config) -> float:
     """Parameters that one token meets, the head counted for each loss."""
     found = 0.0
+    has_mtp = any(name.startswith("mtp.") for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         if "embeddings" in name or "embed_tokens" in name:
             continue
         share = config.num_experts_per_tok / config.n_routed_experts if ".experts." in name else 1.0
         found += parameter.numel() * share * (DEPTHS if name.startswith("mtp.") else 1)
-        if "lm_head" in name and any(n.startswith("mtp.") for n, _ in model.named_parameters()):
+        if "lm_head" in name and has_mtp:
             found += DEPTHS * parameter.numel()
     return found
+
+
+def median_seconds(work: Callable[[], None], device: str) -> float:
+    """Of five calls, after two that are not counted."""
+    times = []
+    for _ in range(7):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[2:])[2]
 
 
 def packed_positions(rows: int, length: int, documents: int) -> torch.Tensor:
@@ -71,19 +86,8 @@ def measure(ours: bool, way: str, length: int, device: str, shape: str) -> dict[
         model(ids, labels=ids, use_cache=False, **extra).loss.backward()
         model.zero_grad()
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
     try:
-        times = []
-        for _ in range(7):
-            wait()
-            start = time.perf_counter()
-            step()
-            wait()
-            times.append(time.perf_counter() - start)
-        seconds = sorted(times[2:])[2]
+        seconds = median_seconds(step, device)
         found = {"ms": seconds * 1e3, "TFLOP/s": 6 * active(model, config) * length / seconds / 1e12}
         if device == "cuda":
             weights = sum(p.nbytes for p in model.parameters())
@@ -117,15 +121,9 @@ def head_memory(length: int, device: str, shape: str) -> dict[str, dict[str, flo
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if device == "cuda" else 0
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+        seconds = median_seconds(work, device)
         peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
-        return {"ms": round(sorted(times)[2] * 1e3, 2), "peak, GB": round(peak / 1e9, 2)}
+        return {"ms": round(seconds * 1e3, 2), "peak, GB": round(peak / 1e9, 2)}
 
     found = {"full logits": run(full)}
     for source in ("torch", "triton"):

@@ -26,8 +26,7 @@ def test_on_a_cpu_the_reference_serves_every_op():
     for name, op in registry.OPS.items():
         source, function, reason = op.choose(*registry._example(name, torch.device("cpu"), torch.bfloat16))
         assert (source, function) == ("torch", op.reference)
-        untried = "has not run on a GPU yet" if name in registry._INTERPRETED_ONLY else "Triton serves 'cuda'"
-        assert untried in reason and "no kernel repository" in reason
+        assert "Triton serves 'cuda'" in reason and "no kernel repository" in reason
 
 
 def test_on_a_cpu_nothing_stands_between_the_call_and_the_reference(monkeypatch):

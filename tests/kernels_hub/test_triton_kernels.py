@@ -518,5 +518,5 @@ def test_operator_registration(grad):
         )
         index = torch.tensor([[0, 1], [2, 1]], device=device)
         torch.library.opcheck(
-            ops.moe_experts_decode.default, (leaf(2, 8), index, leaf(2, 2), leaf(3, 16, 8), leaf(3, 8, 16))
+            ops.moe_experts_inference.default, (leaf(2, 8), index, leaf(2, 2), leaf(3, 16, 8), leaf(3, 8, 16))
         )

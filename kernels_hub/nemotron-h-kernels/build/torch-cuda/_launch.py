@@ -1,8 +1,9 @@
-"""What every launch needs: the device of its tensors, block sizes, and whether autograd or a compiler is watching."""
+"""What every launch needs: the device of its tensors and what it is, block sizes, and whether autograd or a compiler is watching."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -21,6 +22,15 @@ def on(x: Tensor) -> contextlib.AbstractContextManager:
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
+
+
+@functools.cache
+def gpu(device: torch.device) -> tuple[int, tuple[int, int]]:
+    """Multiprocessors and compute capability, asked for once; of a CPU, which interprets kernels, one and Hopper's."""
+    if device.type != "cuda":
+        return 1, (9, 0)
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, (properties.major, properties.minor)
 
 
 def block(size: int, least: int = 16) -> int:

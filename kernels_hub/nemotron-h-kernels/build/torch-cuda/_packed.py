@@ -1,4 +1,4 @@
-"""Weights in FP8 and NVFP4, read where they are packed: decoding, and the three kernels that multiply by them or unpack them.
+"""Weights in FP8 and NVFP4, read where they are packed: how they are decoded, multiplied by and unpacked.
 
     FP8:   w = e4m3(byte) * scale                     one float32 scale a matrix
     NVFP4: w = e2m1(code) * e4m3(byte) * scale        16 codes share an e4m3 byte; of the two codes in a byte the low one is first
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on
+from ._launch import gpu, on
 
 # A stored matrix, or a stack of them: bytes (..., out, in) or (..., out, in / 2), block scales as uint8 or None, float32 scales.
 Packed = tuple[Tensor, Tensor | None, Tensor]
@@ -125,15 +125,15 @@ def _pair(a, b, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
+def _larger(pair):
+    """Of the two bfloat16 in an int32, without its sign."""
+    return tl.maximum(tl.abs(_first(pair)), tl.abs(_second(pair)))
+
+
+@triton.jit
 def _largest(a, b, c, d):
     """Of the eight bfloat16 in four int32."""
-    first = tl.maximum(
-        tl.maximum(tl.abs(_first(a)), tl.abs(_second(a))), tl.maximum(tl.abs(_first(b)), tl.abs(_second(b)))
-    )
-    second = tl.maximum(
-        tl.maximum(tl.abs(_first(c)), tl.abs(_second(c))), tl.maximum(tl.abs(_first(d)), tl.abs(_second(d)))
-    )
-    return tl.maximum(first, second)
+    return tl.maximum(tl.maximum(_larger(a), _larger(b)), tl.maximum(_larger(c), _larger(d)))
 
 
 @triton.jit
@@ -544,7 +544,7 @@ def in_pairs(x: Tensor, *weights: Packed) -> bool:
 
 def _assembly(x: Tensor, bits: int) -> bool:
     """Whether the GPU has the instructions: those for pairs came with 8.0 and the conversion of e4m3 with 8.9. Triton's interpreter has none."""
-    return x.is_cuda and (bits == 4 or torch.cuda.get_device_capability(x.device) >= (8, 9))
+    return x.is_cuda and (bits == 4 or gpu(x.device)[1] >= (8, 9))
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -608,6 +608,22 @@ def stream(
     return out if apart else out.view(vectors, rows)
 
 
+def _stretches(length: int, step: int, most: int) -> tuple[int, int]:
+    """A sum's length cut into about `most` stretches of whole steps (no fewer than one): how long each is, and how many."""
+    each = triton.cdiv(triton.cdiv(length, step), max(1, most)) * step
+    return each, triton.cdiv(length, each)
+
+
+def _parts(out: Tensor, splits: int) -> Tensor:
+    """Where programs write: the output itself, or what `_add_parts` adds up to it."""
+    return out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
+
+
+def _add_parts(parts: Tensor, out: Tensor) -> None:
+    if parts is not out:
+        _sum_kernel[(triton.cdiv(out.numel(), 1024),)](parts, out, out.numel(), parts.shape[0], 1024, num_warps=4)
+
+
 def few(x: Tensor, packed: Packed) -> Tensor:
     """Up to `FEW` vectors times one matrix, which is read once.
 
@@ -625,10 +641,8 @@ def few(x: Tensor, packed: Packed) -> Tensor:
         return out
     x = _aligned(x)
     tiles = triton.cdiv(rows, n)
-    splits = max(1, min(_FILL // tiles, row_bytes // 1024))
-    stretch = triton.cdiv(triton.cdiv(row_bytes, k), splits) * k
-    splits = triton.cdiv(row_bytes, stretch)
-    to = out if splits == 1 else torch.empty(splits, vectors, rows, dtype=torch.float32, device=x.device)
+    stretch, splits = _stretches(row_bytes, k, min(_FILL // tiles, row_bytes // 1024))
+    to = _parts(out, splits)
     with on(x):
         _few_kernel[(tiles, splits)](
             x.view(torch.int32) if bits == 4 else x,
@@ -648,8 +662,7 @@ def few(x: Tensor, packed: Packed) -> Tensor:
             num_warps=2,
             num_stages=4,
         )
-        if splits > 1:
-            _sum_kernel[(triton.cdiv(out.numel(), 1024),)](to, out, out.numel(), splits, 1024, num_warps=4)
+        _add_parts(to, out)
     return out
 
 
@@ -688,12 +701,12 @@ def tiles(
     rows, width, bits = shape_of(packed)
     codes, block_scale, scale = packed
     depth, outputs = (rows, width) if transposed else (width, rows)
-    splits, n = 1, 64
+    most, n = 1, 64
     if groups is None:
         vectors, experts, shared, size = x.shape[0], 1, 1, max(16, triton.next_power_of_2(x.shape[0]))
         order = block_ends = expert_of = ends = x  # not looked at
         blocks = 1
-        splits = max(1, min(_FILL // triton.cdiv(outputs, n), depth // 512))
+        most = min(_FILL // triton.cdiv(outputs, n), depth // 512)
     else:
         order, ends, shared, size = groups
         vectors, experts = order.numel(), ends.numel()
@@ -701,15 +714,13 @@ def tiles(
         blocks = expert_of.numel()
         # With four warps two programs share a multiprocessor: one unpacks while the other multiplies. Wider than this, or as
         # wide before Hopper or transposed, registers do not suffice.
-        hopper = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
-        n = 128 if size >= 64 and hopper and not transposed else 64
+        n = 128 if size >= 64 and gpu(x.device)[1] >= (9, 0) and not transposed else 64
     k = 64 if size >= 64 or transposed else 128
-    depth_each = triton.cdiv(triton.cdiv(depth, k), splits) * k
-    splits = triton.cdiv(depth, depth_each)
+    depth_each, splits = _stretches(depth, k, most)
     out = torch.empty(vectors, outputs, dtype=x.dtype, device=x.device)
-    to = out if splits == 1 else torch.empty(splits, vectors, outputs, dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out
+    to = _parts(out, splits)
     with on(x):
         _tiles_kernel[(blocks * triton.cdiv(outputs, n), splits)](
             x,
@@ -738,8 +749,7 @@ def tiles(
             num_warps=4,
             num_stages=3,
         )
-        if splits > 1:
-            _sum_kernel[(triton.cdiv(out.numel(), 1024),)](to, out, out.numel(), splits, 1024, num_warps=4)
+        _add_parts(to, out)
     return out
 
 

@@ -14,7 +14,6 @@ pairs of one expert keep the order of their tokens, so that results do not vary 
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import on
+from ._launch import gpu, on
 
 _PAIRS = 512  # pairs that one program counts and places
 
@@ -193,15 +192,6 @@ def place_pairs(index: Tensor, experts: int, m: int) -> Placed:
     return Placed(place, rows, blocks)
 
 
-@functools.cache
-def _device(device: torch.device) -> tuple[int, bool]:
-    """Multiprocessors of a device, and whether it is from Hopper on. (A CPU interprets kernels.)"""
-    if device.type != "cuda":
-        return 1, True
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major >= 9
-
-
 def product(x: Tensor, placed: Placed, weight: Tensor, m: int, tiling: Tiling, gather: bool, relu2: bool) -> Tensor:
     """Sorted rows times their experts' weights.
 
@@ -220,7 +210,7 @@ def product(x: Tensor, placed: Placed, weight: Tensor, m: int, tiling: Tiling, g
     tiles = (pairs // m + min(pairs, experts)) * triton.cdiv(outputs, n)
     source = x if gather else TensorDescriptor.from_tensor(x, [m, k])
     with on(x):
-        _product_kernel[(min(tiles, programs * _device(x.device)[0]),)](
+        _product_kernel[(min(tiles, programs * gpu(x.device)[0]),)](
             source,
             placed.rows,
             placed.blocks,
@@ -250,12 +240,10 @@ def plan_for(tokens: int, top_k: int, experts: int) -> Plan:
 def serves(x: Tensor, up: Tensor, down: Tensor) -> bool:
     """Whether the kernel can: Hopper or later, bfloat16, rows of a multiple of 16 bytes that begin at such an address."""
     aligned = not (up.shape[1] % 8 or up.shape[2] % 8 or any(t.data_ptr() % 16 for t in (x, up, down)))
-    return x.dtype == torch.bfloat16 and up.shape[0] <= 1024 and aligned and _device(x.device)[1]
+    return x.dtype == torch.bfloat16 and up.shape[0] <= 1024 and aligned and gpu(x.device)[1] >= (9, 0)
 
 
-def grouped_experts(
-    x: Tensor, index: Tensor, up: Tensor, down: Tensor, plan: Plan | None = None
-) -> tuple[Tensor, Tensor]:
+def grouped_experts(x: Tensor, index: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs of the chosen experts, each pair's by itself, and where they lie.
 
     Args:
@@ -266,7 +254,7 @@ def grouped_experts(
     Returns:
         (pairs, width) sorted by expert, and the row of each of the (tokens * top_k) pairs in it.
     """
-    m, *tilings = plan or plan_for(*index.shape, up.shape[0])
+    m, *tilings = plan_for(*index.shape, up.shape[0])
     x = x if x.stride(-1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
     placed = place_pairs(index, up.shape[0], m)
     hidden = product(x, placed, up, m, tilings[0], gather=True, relu2=True)

@@ -222,28 +222,20 @@ def _(x, index, weights, up, down):
     return x.new_empty(x.shape), x.new_empty(index.shape[0] * index.shape[1], up.shape[1])
 
 
-@torch.library.custom_op(add_op_namespace_prefix("moe_experts_decode"), mutates_args=())
-def _decode_op(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return _few_tokens(x, index, weights, up, down)
-
-
-@_decode_op.register_fake
-def _(x, index, weights, up, down):
-    return x.new_empty(x.shape)
-
-
-def _prompt_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def _inference(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    if x.shape[0] <= _FEW:
+        return _few_tokens(x, index, weights, up, down)
     if index.numel() <= _READING * up.shape[0] and serves(x, up, down):
         return _combine(*grouped_experts(x, index, up, down), weights, *index.shape, x)
     return _many_tokens(x, index, weights, up, down, keep_hidden=False)[0]
 
 
-@torch.library.custom_op(add_op_namespace_prefix("moe_experts_prompt"), mutates_args=())
-def _prompt_op(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return _prompt_tokens(x, index, weights, up, down)
+@torch.library.custom_op(add_op_namespace_prefix("moe_experts_inference"), mutates_args=())
+def _inference_op(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return _inference(x, index, weights, up, down)
 
 
-@_prompt_op.register_fake
+@_inference_op.register_fake
 def _(x, index, weights, up, down):
     return x.new_empty(x.shape)
 
@@ -313,6 +305,4 @@ def moe_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Ten
     """
     if torch.is_grad_enabled():
         return _experts_op(x, index, weights, up, down)[0]
-    if x.shape[0] <= _FEW:
-        return (_decode_op if as_operator() else _few_tokens)(x, index, weights, up, down)
-    return (_prompt_op if as_operator() else _prompt_tokens)(x, index, weights, up, down)
+    return (_inference_op if as_operator() else _inference)(x, index, weights, up, down)
