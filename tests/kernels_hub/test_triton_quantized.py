@@ -174,10 +174,10 @@ def test_every_byte_is_decoded():
 @pytest.mark.parametrize("name", NAMES)
 def test_long_rows_in_parts(name):
     """Rows that one stretch of words does not hold: their sums are added with the experts'."""
-    x, weights, up, down = normal(0, (2, 32), (2, 2), (3, 2080, 32), (3, 32, 2080))
+    x, weights, up, down = normal(0, (2, 32), (2, 2), (3, 1056, 32), (3, 32, 1056))
     (up, exact_up), (down, exact_down) = stored(name, up), stored(name, down)
     index = torch.tensor([[0, 2], [2, 1]], device=DEVICE)
-    with use_kernels("triton"):
+    with torch.no_grad(), use_kernels("triton"):  # with gradients blocks of pairs would serve
         found = getattr(registry, f"{name}_experts")(x.bfloat16(), index, weights, up, down)
     args = (index, weights, exact_up, exact_down)
     same, exact = plain_experts(x.bfloat16(), *args), plain_experts(x.bfloat16().double(), *args)
