@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .reference.time_step import ANY_STEP, decay, time_step
+
 
 def _consecutive(seq_idx: Tensor | None) -> Tensor | None:
     """Ids as these kernels want them: int32, from 0 on. A state handed in belongs to document 0, the first."""
@@ -77,12 +79,25 @@ def ssd_chunk_scan(
 
 
 def selective_state_update(
-    kernel: Callable, state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+    kernel: Callable,
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = ANY_STEP,
+    live: Tensor | None = None,
 ) -> Tensor:
     """Through `selective_state_update(state, x, dt, A, B, C, D, ...)`: one number a head comes expanded to all its places.
 
-    A bias of zero is given: with strides of zero everywhere mamba-ssm takes its way for one number a head, and reads them all.
+    What it knows of time steps has no limit and no padding, so they come ready, with a bias of zero: with strides of zero everywhere mamba-ssm takes its way for one number a head, and reads them all.
     """
+    if dt_bias is not None:
+        dt, A = time_step(dt, dt_bias, dt_limit), decay(A)
+    dt = dt if live is None else dt * live.unsqueeze(-1)
     heads, head_dim, state_size = state.shape[1:]
     return kernel(
         state,

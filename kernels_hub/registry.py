@@ -127,7 +127,7 @@ def _scan_limits(
 
 
 def _state_update_limits(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *time_step: Any, **named: Any
 ) -> str | None:
     if torch.is_grad_enabled() and (x.requires_grad or dt.requires_grad or A.requires_grad):
         return "the one-token kernel has no gradient: call it under `torch.no_grad()`"
@@ -226,7 +226,16 @@ def _conv_replay_limits(
 
 
 def _state_replay_limits(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, settled: int = 0
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    settled: int = 0,
+    *time_step: Any,
+    **named: Any,
 ) -> str | None:
     if torch.is_grad_enabled() and (x.requires_grad or dt.requires_grad or A.requires_grad):
         return "the kernel has no gradient: call it under `torch.no_grad()`"

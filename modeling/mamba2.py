@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 from ..kernels_hub.reference.stochastic_round import store_as
+from ..kernels_hub.reference.time_step import decay, time_step
 from ..kernels_hub.registry import (
     causal_conv1d,
     causal_conv1d_replay,
@@ -234,14 +234,14 @@ class NemotronHMamba2Mixer(nn.Module):
         batch, length, _ = conv_in.shape
         xBC = self.conv1d(conv_in, conv_state, seq_idx, hub=self._hub("causal_conv1d_fn"))
         x, B, C = xBC.split([self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1)
-        dt = self._time_step(dt)
+        dt = time_step(dt, self.dt_bias, self.time_step_limit)
         if lengths is not None:
             # A time step of zero leaves the state as it is.
             dt = dt * (torch.arange(length, device=dt.device) < lengths.unsqueeze(1)).unsqueeze(-1)
         y, ssm_state = ssd_chunk_scan(
             x.view(batch, length, self.num_heads, self.head_dim),
             dt,
-            self._decay(),
+            decay(self.A_log),
             B.view(batch, length, self.n_groups, self.state_size),
             C.view(batch, length, self.n_groups, self.state_size),
             self.D,
@@ -262,11 +262,13 @@ class NemotronHMamba2Mixer(nn.Module):
         y = selective_state_replay(
             ssm_state,
             x.view(batch, length, self.num_heads, self.head_dim),
-            self._time_step(dt),
-            self._decay(),
+            dt,
+            self.A_log,
             B.view(batch, length, self.n_groups, self.state_size),
             C.view(batch, length, self.n_groups, self.state_size),
             self.D,
+            dt_bias=self.dt_bias,
+            dt_limit=self.time_step_limit,
         )
         return y.view(batch, length, -1)
 
@@ -274,10 +276,8 @@ class NemotronHMamba2Mixer(nn.Module):
         """Decoding: advance both states in place by one token."""
         batch = hidden_states.shape[0]
         z, conv_in, dt = self._project(hidden_states[:, 0])
-        dt = self._time_step(dt)
         real = None if layout.padding is None else layout.padding.lengths.bool()
         if real is not None:
-            dt = dt * real.unsqueeze(-1)
             before = conv_state.clone()
         xBC = self.conv1d(conv_in, conv_state, hub=self._hub("causal_conv1d_update"))
         if real is not None:
@@ -287,10 +287,13 @@ class NemotronHMamba2Mixer(nn.Module):
             ssm_state,
             x.view(batch, self.num_heads, self.head_dim),
             dt,
-            self._decay(),
+            self.A_log,
             B.view(batch, self.n_groups, self.state_size),
             C.view(batch, self.n_groups, self.state_size),
             self.D,
+            dt_bias=self.dt_bias,
+            dt_limit=self.time_step_limit,
+            live=real,
             hub=self._hub("selective_state_update"),
         )
         return self.out_proj(self.norm(y.view(batch, -1), z)).unsqueeze(1)
@@ -326,17 +329,18 @@ class NemotronHMamba2Mixer(nn.Module):
         x, B, C = self.conv1d(conv_in, conv_state).split(
             [self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1
         )
-        dt, A = self._time_step(dt), self._decay()
-        dt = dt if live is None else dt * live
         y = [
             selective_state_update(
                 ssm_state,
                 x[:, t].view(batch, self.num_heads, self.head_dim),
                 dt[:, t],
-                A,
+                self.A_log,
                 B[:, t].view(batch, self.n_groups, self.state_size),
                 C[:, t].view(batch, self.n_groups, self.state_size),
                 self.D,
+                dt_bias=self.dt_bias,
+                dt_limit=self.time_step_limit,
+                live=None if live is None else live[:, t, 0],
             )
             for t in range(length)
         ]
@@ -356,7 +360,7 @@ class NemotronHMamba2Mixer(nn.Module):
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             self.dt_bias,
-            self._decay(),
+            decay(self.A_log),
             self.D,
             self.chunk_size,
             dt_limit=self.time_step_limit,
@@ -375,13 +379,6 @@ class NemotronHMamba2Mixer(nn.Module):
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-
-    def _decay(self) -> Tensor:
-        return -torch.exp(self.A_log.float())
-
-    def _time_step(self, dt: Tensor) -> Tensor:
-        dt = F.softplus(dt + self.dt_bias.float())  # a sum in float32, whatever dt comes in
-        return dt if self.time_step_limit == (0.0, float("inf")) else dt.clamp(*self.time_step_limit)
 
     def _window(
         self, conv_in: Tensor, conv_state: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .causal_conv1d import causal_conv1d
 from .ssd_chunk_scan import ssd_chunk_scan
+from .time_step import ANY_STEP, decay, time_step
 
 
 def causal_conv1d_replay(
@@ -49,6 +50,8 @@ def selective_state_replay(
     C: Tensor,
     D: Tensor,
     settled: int = 0,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = ANY_STEP,
     scan: Callable[..., tuple[Tensor, Tensor]] = ssd_chunk_scan,
 ) -> Tensor:
     """The recurrence's outputs for a few tokens behind `state`.
@@ -56,15 +59,18 @@ def selective_state_replay(
     Args:
         state: (batch, heads, head_dim, state_size); advanced in place by the first `settled` tokens.
         x: (batch, tokens, heads, head_dim).
-        dt: (batch, tokens, heads), float32, after softplus; 0 leaves the state as it is (padding).
-        A: (heads,), negative, float32.
+        dt: (batch, tokens, heads), after softplus; 0 leaves the state as it is. With `dt_bias` what is projected.
+        A: (heads,), negative. With `dt_bias` as the model keeps it, log(-A).
         B, C: (batch, tokens, groups, state_size).
         D: (heads,).
         settled: 0 to tokens.
+        dt_bias, dt_limit: as in `selective_state_update`.
 
     Returns:
         (batch, tokens, heads, head_dim) in the dtype of x.
     """
+    if dt_bias is not None:
+        dt, A = time_step(dt, dt_bias, dt_limit), decay(A)
     y, last = scan(x, dt, A, B, C, D, initial_state=state)
     if settled:
         if settled < x.shape[1]:

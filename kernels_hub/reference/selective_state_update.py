@@ -11,23 +11,42 @@ import torch
 from torch import Tensor
 
 from .stochastic_round import store_as
+from .time_step import ANY_STEP, decay, time_step
 
 
-def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = ANY_STEP,
+    live: Tensor | None = None,
+) -> Tensor:
     """Advance `state` in place by one token and return its output.
 
     Args:
         state: (batch, heads, head_dim, state_size); updated in place, in its own dtype; one of 16 bits is
             rounded stochastically.
         x: (batch, heads, head_dim).
-        dt: (batch, heads), float32, after softplus; 0 leaves the state as it is (padding).
-        A: (heads,), negative, float32.
+        dt: (batch, heads), after softplus; 0 leaves the state as it is. With `dt_bias` what is projected.
+        A: (heads,), negative. With `dt_bias` as the model keeps it, log(-A).
         B, C: (batch, groups, state_size).
         D: (heads,).
+        dt_bias: (heads,) or None; the step is then softplus(dt + dt_bias), in float32.
+        dt_limit: the shortest and the longest step, with `dt_bias`.
+        live: (batch,) or None; 0 leaves a row's state as it is (padding), 1 advances it.
 
     Returns:
         y: (batch, heads, head_dim) in the dtype of x.
     """
+    if dt_bias is not None:
+        dt, A = time_step(dt, dt_bias, dt_limit), decay(A)
+    if live is not None:
+        dt = dt * live.unsqueeze(-1)
     batch, heads, head_dim, state_size = state.shape
     groups = B.shape[1]
     rows = heads // groups * head_dim

@@ -71,6 +71,8 @@ def test_one_token(check, dtype, batch):
     args = scan_inputs(batch, 1, 128, 8, dtype, False)
     x, dt, A, B, C, D = (t[:, 0] if t.dim() > 1 else t for t in args[:6])
     check("selective_state_update", [args[7], x, dt, A, B, C, D], grad=False, in_place=1)
+    projected = [normal(batch, 128, dtype=dtype) - 4, A.abs().log(), B, C, D, normal(128), (1e-3, 0.1)]
+    check("selective_state_update", [args[7], x, *projected], grad=False, in_place=1)
     state, x = normal(batch, 10240, 4, dtype=dtype), normal(batch, 10240, dtype=dtype)
     args = [state, x, normal(10240, 4, dtype=dtype), normal(10240, dtype=dtype)]
     check("causal_conv1d_update", args, grad=False, in_place=1)

@@ -123,6 +123,15 @@ def test_convolution_of_one_token(check, batch, channels, kernel, with_bias, dty
     check("causal_conv1d_update", [state, x, weight, bias if with_bias else None], grad=False, in_place=1)
 
 
+def as_projected(dt, A, dtype):
+    """Steps and decays as a model has them: dt and log(-A), the bias of the step, and limits that some steps meet.
+
+    Steps from 1e-9, where the exponential vanishes beside 1, to where softplus is its argument.
+    """
+    spread = torch.linspace(-20, 25, dt.numel()).view_as(dt)
+    return (dt + spread).to(dtype), A.abs().add(1e-3).log(), dt[0].flatten()[: len(A)] / 3, (1e-6, 20.0)
+
+
 @some
 @given(
     batch=st.integers(1, 3),
@@ -131,17 +140,20 @@ def test_convolution_of_one_token(check, batch, channels, kernel, with_bias, dty
     head_dim=st.sampled_from([1, 5, 16, 20]),
     state_size=st.sampled_from([1, 3, 16, 33]),
     dtype=st.sampled_from(DTYPES),
+    raw=st.booleans(),
+    padded=st.booleans(),
     seed=seeds,
 )
-def test_state_update(check, batch, groups, per_group, head_dim, state_size, dtype, seed):
+def test_state_update(check, batch, groups, per_group, head_dim, state_size, dtype, raw, padded, seed):
     heads = groups * per_group
     state, x, dt, A, B, C, D = normal(
         seed,
         *[(batch, heads, head_dim, state_size), (batch, heads, head_dim), (batch, heads), (heads,)],
         *[(batch, groups, state_size), (batch, groups, state_size), (heads,)],
     )
-    dt = dt.clamp(min=0)
-    args = [state, x.to(dtype), dt, -A.abs(), B.to(dtype), C.to(dtype), D]
+    dt, A, *named = as_projected(dt, A, dtype) if raw else (dt.clamp(min=0), -A.abs(), None, (0.0, float("inf")))
+    live = torch.arange(batch) % 2 == 1 if padded else None
+    args = [state, x.to(dtype), dt, A, B.to(dtype), C.to(dtype), D, *named, live]
     check("selective_state_update", args, grad=False, in_place=1)
 
 
@@ -341,12 +353,16 @@ def test_convolution_replayed(check, batch, tokens, channels, kernel, with_bias,
     data=st.data(),
     dtype=st.sampled_from(DTYPES),
     state_dtype=st.sampled_from(DTYPES),
+    raw=st.booleans(),
     seed=seeds,
 )
-def test_state_replayed(check, batch, tokens, groups, per_group, head_dim, state_size, data, dtype, state_dtype, seed):
+def test_state_replayed(
+    check, batch, tokens, groups, per_group, head_dim, state_size, data, dtype, state_dtype, raw, seed
+):
     settled = data.draw(st.integers(0, tokens))
     x, dt, A, B, C, D, _, state = scan_inputs(batch, tokens, groups, per_group, head_dim, state_size, dtype, seed)
-    args = [state.to(state_dtype), x, dt, A, B, C, D, settled]
+    dt, A, *named = as_projected(dt, A, dtype) if raw else (dt, A)
+    args = [state.to(state_dtype), x, dt, A, B, C, D, settled, *named]
     check("selective_state_replay", args, grad=False, in_place=1, seed=seed)
 
 
@@ -514,13 +530,19 @@ def test_operator_registration(grad):
         torch.library.opcheck(ops.causal_conv1d_replay.default, (state, leaf(1, 3, 6), leaf(6, 4), None, 2))
         torch.library.opcheck(
             ops.selective_state_replay.default,
-            (torch.randn(1, 2, 8, 8, device=device), leaf(1, 3, 2, 8), dt[:, :3], A, leaf(1, 3, 1, 8), leaf(1, 3, 1, 8), leaf(2), 2),
-        )  # fmt: skip
+            (
+                *(torch.randn(1, 2, 8, 8, device=device), leaf(1, 3, 2, 8), dt[:, :3], A),
+                *(leaf(1, 3, 1, 8), leaf(1, 3, 1, 8), leaf(2), 2, leaf(2), 0.0, 1.0),
+            ),
+        )
         torch.library.opcheck(ops.causal_conv1d_update.default, (state, leaf(1, 6), leaf(6, 4), None))
         state = torch.randn(1, 2, 8, 8, device=device)
         torch.library.opcheck(
             ops.selective_state_update.default,
-            (state, leaf(1, 2, 8), dt[:, 0], A, leaf(1, 1, 8), leaf(1, 1, 8), leaf(2)),
+            (
+                *(state, leaf(1, 2, 8), dt[:, 0], A, leaf(1, 1, 8), leaf(1, 1, 8), leaf(2)),
+                *(leaf(2), 0.0, 1.0, torch.ones(1, device=device)),
+            ),
         )
         index = torch.tensor([[0, 1], [2, 1]], device=device)
         torch.library.opcheck(

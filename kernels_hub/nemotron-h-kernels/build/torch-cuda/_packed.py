@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import gpu, on
+from ._overlap import overlap, prefetch, previous_done
 
 # A stored matrix, or a stack of them: bytes (..., out, in) or (..., out, in / 2), block scales as uint8 or None, float32 scales.
 Packed = tuple[Tensor, Tensor | None, Tensor]
@@ -267,14 +268,19 @@ def _stream_kernel(
     RELU2: tl.constexpr,
     PARTS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    KNOWN: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out[vector] = weight[which[vector]] x[vector // SHARED], `blocks_each` blocks of R rows of it.
 
     `weight` is seen as 64-bit words, `x` as pairs of bfloat16. Of a row that W words hold, or of one of PARTS of it with a sum for
-    each, the numbers of x are made ready once for all blocks; else (PARTS = 0) anew for each stretch of W words.
+    each, the numbers of x are made ready once for all blocks; else (PARTS = 0) anew for each stretch of W words. KNOWN: `which`
+    is not what the previous kernel writes.
     """
+    if not KNOWN:
+        previous_done(OVERLAP)
     words = word_pairs * 2  # so that the compiler knows two to lie side by side
     vector = tl.program_id(1).to(tl.int64)
     matrix = tl.load(which + vector) if STACKED else vector * 0
@@ -303,6 +309,8 @@ def _stream_kernel(
     inside = (r < rows)[:, None] & (w < count)[None, :]
     following = tl.load(weight + at, mask=inside, other=0)
     following_step = tl.load(block_scale + at, mask=inside, other=0) if BITS == 4 else 0
+    if KNOWN:
+        previous_done(OVERLAP)
     if PARTS > 0:
         if BITS == 4:
             n0, n1, n2, n3, n4, n5, n6, n7, down = _sixteen(x, w, count, ASSEMBLY)
@@ -364,6 +372,7 @@ def _few_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out[v] = weight x[v] for all vectors and N rows; program (., s) sums the s-th `stretch` bytes of each row into out[s].
 
@@ -376,6 +385,9 @@ def _few_kernel(
     total = tl.zeros([N, M], tl.float32)
     start = tl.program_id(1) * stretch
     row = (n.to(tl.int64) * row_bytes)[:, None]
+    early = tl.minimum(start + tl.arange(0, 4) * 128, row_bytes - 1)
+    prefetch(weight + (tl.minimum(n, rows - 1).to(tl.int64) * row_bytes)[:, None] + early[None, :], OVERLAP)
+    previous_done(OVERLAP)
     for at in range(start, min(start + stretch, row_bytes), K):
         inside = (n < rows)[:, None] & (at + k < row_bytes)[None, :]
         packed = tl.load(weight + row + (at + k)[None, :], mask=inside, other=0)
@@ -511,7 +523,8 @@ def _tiles_kernel(
 
 
 @triton.jit
-def _sum_kernel(parts, out, count, PARTS, SIZE: tl.constexpr):
+def _sum_kernel(parts, out, count, PARTS, SIZE: tl.constexpr, OVERLAP: tl.constexpr):
+    previous_done(OVERLAP)
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     total = tl.zeros([SIZE], tl.float32)
     for part in range(0, PARTS):
@@ -553,7 +566,13 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def stream(
-    x: Tensor, which: Tensor | None, packed: Packed, shared: int = 1, relu2: bool = False, apart: bool = False
+    x: Tensor,
+    which: Tensor | None,
+    packed: Packed,
+    shared: int = 1,
+    relu2: bool = False,
+    apart: bool = False,
+    known: bool = False,
 ) -> Tensor:
     """Vector times matrix, each vector for itself.
 
@@ -563,6 +582,7 @@ def stream(
         shared: how many vectors one after another are the same row of `x`.
         relu2: return relu(...)^2.
         apart: leave the sums of stretches of a row for the caller to add, which is faster where many vectors meet long rows.
+        known: `which` was read by the kernel launched before this one, so it need not be waited for.
 
     Returns:
         (vectors, rows) bfloat16; with `apart` (vectors, parts, rows), in float32 if there is more than one part.
@@ -601,9 +621,11 @@ def stream(
                 relu2,
                 parts,
                 _assembly(x, bits),
+                known or which is None,
                 block_rows,
                 step,
                 num_warps=4,
+                **overlap(x),
             )
     return out if apart else out.view(vectors, rows)
 
@@ -621,7 +643,9 @@ def _parts(out: Tensor, splits: int) -> Tensor:
 
 def _add_parts(parts: Tensor, out: Tensor) -> None:
     if parts is not out:
-        _sum_kernel[(triton.cdiv(out.numel(), 1024),)](parts, out, out.numel(), parts.shape[0], 1024, num_warps=4)
+        _sum_kernel[(triton.cdiv(out.numel(), 1024),)](
+            parts, out, out.numel(), parts.shape[0], 1024, num_warps=4, **overlap(out)
+        )
 
 
 def few(x: Tensor, packed: Packed) -> Tensor:
@@ -661,6 +685,7 @@ def few(x: Tensor, packed: Packed) -> Tensor:
             k,
             num_warps=2,
             num_stages=4,
+            **overlap(x),
         )
         _add_parts(to, out)
     return out

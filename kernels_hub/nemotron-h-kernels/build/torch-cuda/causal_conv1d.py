@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._launch import as_operator, on
 from ._ops import add_op_namespace_prefix, ops
+from ._overlap import overlap, previous_done
 
 _POSITIONS, _CHANNELS = 32, 128  # of a tile
 _BACKWARD_PROGRAMS = 64  # along the sequence: each sums its own tiles' share of the weight's gradient
@@ -220,12 +221,18 @@ def _update_kernel(
     TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     batch = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * C + tl.arange(0, C)
     k = tl.arange(0, TAPS)
     inside_c = c < channels
     both = inside_c[:, None] & (k < KERNEL)[None, :]
+    taps = tl.load(weight + c[:, None] * KERNEL + k[None, :], mask=both, other=0.0).to(tl.float32)
+    shift = tl.zeros([C], tl.float32)
+    if HAS_BIAS:
+        shift = tl.load(bias + c, mask=inside_c, other=0.0).to(tl.float32)
+    previous_done(OVERLAP)
     place = state + batch * state_batch + c[:, None] * KERNEL + k[None, :]
     new = tl.load(x + batch * x_stride + c, mask=inside_c, other=0.0)
     window = tl.load(place + 1, mask=inside_c[:, None] & (k < KERNEL - 1)[None, :], other=0.0)
@@ -233,10 +240,7 @@ def _update_kernel(
     # Every thread has read its shifted window before any writes: the lanes of a row may differ.
     tl.debug_barrier()
     tl.store(place, window, mask=both)
-    taps = tl.load(weight + c[:, None] * KERNEL + k[None, :], mask=both, other=0.0).to(tl.float32)
-    total = tl.sum(window.to(tl.float32) * taps, 1)
-    if HAS_BIAS:
-        total += tl.load(bias + c, mask=inside_c, other=0.0).to(tl.float32)
+    total = tl.sum(window.to(tl.float32) * taps, 1) + shift
     tl.store(out + batch * channels + c, (total * tl.sigmoid(total)).to(out.dtype.element_ty), mask=inside_c)
 
 
@@ -404,6 +408,7 @@ def _update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
             bias is not None,
             128,
             num_warps=2,
+            **overlap(x),
         )
     return out
 

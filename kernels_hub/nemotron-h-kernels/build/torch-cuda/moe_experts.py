@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._launch import as_operator, on
 from ._ops import add_op_namespace_prefix, ops
+from ._overlap import overlap, prefetch, previous_done
 from .grouped_experts import grouped_experts, serves
 
 # Up to here pairs rarely share an expert (512 experts, top-22), so each pair reads weights of its own.
@@ -29,9 +30,20 @@ _READING = 176
 
 @triton.jit
 def _stream_up_kernel(
-    x, index, up, hidden, width, inner, x_stride, TOP_K: tl.constexpr, R: tl.constexpr, K: tl.constexpr
+    x,
+    index,
+    up,
+    hidden,
+    width,
+    inner,
+    x_stride,
+    TOP_K: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """hidden[pair] = relu(up[expert] x[token])^2, R rows of it."""
+    previous_done(OVERLAP)
     pair = tl.program_id(1).to(tl.int64)
     expert = tl.load(index + pair)
     r = tl.program_id(0) * R + tl.arange(0, R)
@@ -48,13 +60,16 @@ def _stream_up_kernel(
 
 
 @triton.jit
-def _stream_down_kernel(hidden, index, down, y, width, inner, R: tl.constexpr, K: tl.constexpr):
+def _stream_down_kernel(hidden, index, down, y, width, inner, R: tl.constexpr, K: tl.constexpr, OVERLAP: tl.constexpr):
     """y[pair] = down[expert] hidden[pair], R rows of it."""
     pair = tl.program_id(1).to(tl.int64)
-    expert = tl.load(index + pair)
+    expert = tl.load(index + pair)  # before `previous_done`: the previous kernel has read it too
     r = tl.program_id(0) * R + tl.arange(0, R)
     k = tl.arange(0, K)
     rows = down + (expert * width + r)[:, None] * inner
+    early = tl.minimum(tl.arange(0, 8) * 64, inner - 1)
+    prefetch(down + (expert * width + tl.minimum(r, width - 1))[:, None] * inner + early[None, :], OVERLAP)
+    previous_done(OVERLAP)
     total = tl.zeros([R, K], tl.float32)
     for start in range(0, inner, K):
         inside = start + k < inner
@@ -77,8 +92,10 @@ def _combine_kernel(
     WEIGHTED: tl.constexpr,
     W: tl.constexpr,
     UNROLL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out[token] = sum over its pairs of weight * y[place[pair]], each in PARTS, in float32 and always in the same order."""
+    previous_done(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * W + tl.arange(0, W)
     inside = c < width
@@ -157,6 +174,7 @@ def _combine(y: Tensor, place: Tensor | None, weights: Tensor | None, tokens: in
                 size,
                 top_k if few else 1,
                 num_warps=max(1, size // 256),
+                **overlap(y),
             )
     return out
 
@@ -171,10 +189,10 @@ def _few_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Ten
     rows, columns = 8, 512
     with on(x):
         _stream_up_kernel[(triton.cdiv(inner, rows), pairs)](
-            x, index, up, hidden, width, inner, x.stride(0), top_k, rows, columns, num_warps=4
+            x, index, up, hidden, width, inner, x.stride(0), top_k, rows, columns, num_warps=4, **overlap(x)
         )
         _stream_down_kernel[(triton.cdiv(width, rows), pairs)](
-            hidden, index, down, y, width, inner, rows, columns, num_warps=4
+            hidden, index, down, y, width, inner, rows, columns, num_warps=4, **overlap(x)
         )
     return _combine(y, None, weights, tokens, top_k, x)
 

@@ -33,7 +33,8 @@ def _few_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Packed, down: Pac
     tokens, top_k = index.shape
     which = index.reshape(-1)
     hidden = stream(x.contiguous(), which, up, shared=top_k, relu2=True)
-    return _combine(stream(hidden, which, down, apart=True), None, weights, tokens, top_k, x)
+    y = stream(hidden, which, down, apart=True, known=True)
+    return _combine(y, None, weights, tokens, top_k, x)
 
 
 def _many_tokens(

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ._launch import block, on
 from ._ops import add_op_namespace_prefix
+from ._overlap import overlap, previous_done
+from .selective_state_update import ANY_STEP, decay_of, time_step
 
 _ROWS = 16  # of the state a program advances, as for one token
 _CHANNELS = 128
@@ -35,7 +37,9 @@ def _conv_kernel(
     TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    previous_done(OVERLAP)
     batch = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * C + tl.arange(0, C)
     inside = c < channels
@@ -74,7 +78,10 @@ def _state_kernel(
     B,
     C,
     D,
+    dt_bias,
     y,
+    shortest,
+    longest,
     tokens,
     settled,
     heads,
@@ -96,6 +103,8 @@ def _state_kernel(
     N: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
+    RAW: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -105,9 +114,10 @@ def _state_kernel(
     p_in, n_in = p < P, n < N
     both = p_in[:, None] & n_in[None, :]
     place = state + batch * state_batch + head * state_head + p[:, None] * N + n[None, :]
-    h = tl.load(place, mask=both, other=0.0).to(tl.float32)
-    a = tl.load(A + head).to(tl.float32)
+    a, shift = decay_of(A, dt_bias, head, RAW)
     skip = tl.load(D + head).to(tl.float32)
+    previous_done(OVERLAP)
+    h = tl.load(place, mask=both, other=0.0).to(tl.float32)
     x += batch * x_batch + head * x_head
     dt += batch * dt_batch + head
     B += batch * B_batch + group * B_group
@@ -117,7 +127,7 @@ def _state_kernel(
     x_seq, dt_seq, B_seq, C_seq = x_seq + wide, dt_seq + wide, B_seq + wide, C_seq + wide
     for t in range(0, tokens):
         x_p = tl.load(x + t * x_seq + p, mask=p_in, other=0.0).to(tl.float32)
-        step = tl.load(dt + t * dt_seq).to(tl.float32)
+        step = time_step(tl.load(dt + t * dt_seq), shift, shortest, longest, RAW)
         B_n = tl.load(B + t * B_seq + n, mask=n_in, other=0.0).to(tl.float32)
         C_n = tl.load(C + t * C_seq + n, mask=n_in, other=0.0).to(tl.float32)
         h = h * tl.exp(step * a) + (step * x_p)[:, None] * B_n[None, :]
@@ -156,11 +166,24 @@ def _conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settled
             bias is not None,
             _CHANNELS,
             num_warps=2,
+            **overlap(x),
         )
     return out
 
 
-def _state(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, settled: int) -> Tensor:
+def _state(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    settled: int,
+    dt_bias: Tensor | None,
+    shortest: float,
+    longest: float,
+) -> Tensor:
     batch, tokens, heads, head_dim = x.shape
     state_size = state.shape[3]
     x, dt, B, C = _dense(x), _dense(dt), _dense(B), _dense(C)
@@ -177,7 +200,10 @@ def _state(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
             B,
             C,
             D.contiguous(),
+            D if dt_bias is None else dt_bias.contiguous(),
             y,
+            shortest,
+            longest,
             tokens,
             settled,
             heads,
@@ -191,7 +217,9 @@ def _state(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
             state_size,
             rows,
             block(state_size, 1),
+            dt_bias is not None,
             num_warps=2,
+            **overlap(x),
         )
     return y
 
@@ -208,13 +236,23 @@ def _(state, x, weight, bias, settled):
 
 @torch.library.custom_op(add_op_namespace_prefix("selective_state_replay"), mutates_args={"state"})
 def _state_op(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, settled: int
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    settled: int,
+    dt_bias: Tensor | None,
+    shortest: float,
+    longest: float,
 ) -> Tensor:
-    return _state(state, x, dt, A, B, C, D, settled)
+    return _state(state, x, dt, A, B, C, D, settled, dt_bias, shortest, longest)
 
 
 @_state_op.register_fake
-def _(state, x, dt, A, B, C, D, settled):
+def _(state, x, dt, A, B, C, D, settled, dt_bias, shortest, longest):
     return x.new_empty(x.shape)
 
 
@@ -237,7 +275,16 @@ def causal_conv1d_replay(
 
 
 def selective_state_replay(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, settled: int = 0
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    settled: int = 0,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = ANY_STEP,
 ) -> Tensor:
     """The recurrence's outputs for a few tokens behind `state`. Has no gradient.
 
@@ -245,13 +292,15 @@ def selective_state_replay(
         state: (batch, heads, head_dim, state_size), dense in its last two dimensions. Advanced in place by the first
             `settled` tokens, and rounded to its dtype only then.
         x: (batch, tokens, heads, head_dim).
-        dt: (batch, tokens, heads), float32, after softplus; 0 leaves the state as it is (padding).
-        A: (heads,), negative, float32.
+        dt: (batch, tokens, heads), after softplus; 0 leaves the state as it is. With `dt_bias` what is projected.
+        A: (heads,), negative. With `dt_bias` as the model keeps it, log(-A).
         B, C: (batch, tokens, groups, state_size).
         D: (heads,).
         settled: 0 to tokens.
+        dt_bias, dt_limit: as in `selective_state_update`.
 
     Returns:
         (batch, tokens, heads, head_dim) in the dtype of x.
     """
-    return (_state_op if torch.compiler.is_compiling() else _state)(state, x, dt, A, B, C, D, settled)
+    replay = _state_op if torch.compiler.is_compiling() else _state
+    return replay(state, x, dt, A, B, C, D, settled, dt_bias, *dt_limit)

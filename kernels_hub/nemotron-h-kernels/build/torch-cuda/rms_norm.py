@@ -16,24 +16,37 @@ from torch import Tensor
 
 from ._launch import as_operator, block, on, rows_of
 from ._ops import add_op_namespace_prefix, ops
+from ._overlap import overlap, previous_done
 
 _WARPS = 132 * 16  # of all the backward's programs: what an H100 holds at once, at the 115 registers they take
 
 
 @triton.jit
 def _forward_kernel(
-    y, z, weight, out, y_stride, z_stride, width, eps, GROUP: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr
+    y,
+    z,
+    weight,
+    out,
+    y_stride,
+    z_stride,
+    width,
+    eps,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < GROUP
     column = tl.program_id(1) * GROUP + i
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    previous_done(OVERLAP)
     v = tl.load(y + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         gate = tl.load(z + row * z_stride + column, mask=inside, other=0.0).to(tl.float32)
         v = v * gate * tl.sigmoid(gate)
     scale = tl.rsqrt(tl.sum(v * v, 0) / GROUP + eps)
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + column, (v * scale * w).to(out.dtype.element_ty), mask=inside)
 
 
@@ -127,6 +140,7 @@ def _norm(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: i
             size,
             z is not None,
             num_warps=_warps(size),
+            **overlap(y),
         )
     return out
 

@@ -1,6 +1,8 @@
 """One step of the Mamba-2 recurrence, for decoding: the state is read and written once.
 
 H <- exp(dt A) H + dt x B^T          y = H C + D x
+
+Given `dt_bias`, dt = softplus(dt + dt_bias) and A = -exp(A) are taken here: in a kernel each they would last as long as the step.
 """
 
 from __future__ import annotations
@@ -12,8 +14,35 @@ from torch import Tensor
 
 from ._launch import block, on
 from ._ops import add_op_namespace_prefix
+from ._overlap import overlap, previous_done
 
 _ROWS = 16  # of the state a program advances: small enough for hundreds of programs at batch 1
+ANY_STEP = (0.0, float("inf"))
+
+
+@triton.jit
+def decay_of(A, dt_bias, head, RAW: tl.constexpr):
+    """A head's A and the bias of its time step, in float32."""
+    a = tl.load(A + head).to(tl.float32)
+    shift = a * 0.0
+    if RAW:
+        a = -tl.exp(a)
+        shift = tl.load(dt_bias + head).to(tl.float32)
+    return a, shift
+
+
+@triton.jit
+def time_step(dt, shift, shortest, longest, RAW: tl.constexpr):
+    """The step that `dt` stands for; softplus(v) = max(v, 0) + log(1 + exp(-|v|)), exact where 1 + exp rounds to 1."""
+    step = dt.to(tl.float32)
+    if RAW:
+        v = step + shift
+        e = tl.exp(-tl.abs(v))
+        u = 1.0 + e
+        # log1p from log: what the sum has rounded off is put back.
+        tail = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+        step = tl.minimum(tl.maximum(tl.maximum(v, 0.0) + tail, shortest), longest)
+    return step
 
 
 @triton.jit
@@ -25,7 +54,11 @@ def _update_kernel(
     B,
     C,
     D,
+    dt_bias,
+    live,
     y,
+    shortest,
+    longest,
     heads,
     per_group,
     state_batch,
@@ -41,6 +74,9 @@ def _update_kernel(
     N: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
+    RAW: tl.constexpr,
+    HAS_LIVE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -50,15 +86,20 @@ def _update_kernel(
     p_in, n_in = p < P, n < N
     both = p_in[:, None] & n_in[None, :]
     place = state + batch * state_batch + head * state_head + p[:, None] * N + n[None, :]
+    a, shift = decay_of(A, dt_bias, head, RAW)
+    skip = tl.load(D + head).to(tl.float32)
+    previous_done(OVERLAP)
     old = tl.load(place, mask=both, other=0.0).to(tl.float32)
     x_p = tl.load(x + batch * x_batch + head * x_head + p, mask=p_in, other=0.0).to(tl.float32)
-    step = tl.load(dt + batch * dt_batch + head).to(tl.float32)
-    decay = tl.exp(step * tl.load(A + head).to(tl.float32))
+    step = time_step(tl.load(dt + batch * dt_batch + head), shift, shortest, longest, RAW)
+    if HAS_LIVE:
+        step *= tl.load(live + batch).to(tl.float32)
+    decay = tl.exp(step * a)
     B_n = tl.load(B + batch * B_batch + group * B_group + n, mask=n_in, other=0.0).to(tl.float32)
     C_n = tl.load(C + batch * C_batch + group * C_group + n, mask=n_in, other=0.0).to(tl.float32)
     new = old * decay + (step * x_p)[:, None] * B_n[None, :]
     tl.store(place, new.to(state.dtype.element_ty), mask=both)
-    out = tl.sum(new * C_n[None, :], 1) + tl.load(D + head).to(tl.float32) * x_p
+    out = tl.sum(new * C_n[None, :], 1) + skip * x_p
     tl.store(y + (batch * heads + head) * P + p, out.to(y.dtype.element_ty), mask=p_in)
 
 
@@ -66,7 +107,19 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+def _update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor | None = None,
+    shortest: float = ANY_STEP[0],
+    longest: float = ANY_STEP[1],
+    live: Tensor | None = None,
+) -> Tensor:
     batch, heads, head_dim, state_size = state.shape
     x, dt, B, C = _dense(x), _dense(dt), _dense(B), _dense(C)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -80,7 +133,11 @@ def _update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tenso
             B,
             C,
             D.contiguous(),
+            D if dt_bias is None else dt_bias.contiguous(),
+            D if live is None else live.contiguous(),
             y,
+            shortest,
+            longest,
             heads,
             heads // B.shape[1],
             state.stride(0),
@@ -96,33 +153,63 @@ def _update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tenso
             state_size,
             rows,
             block(state_size, 1),
+            dt_bias is not None,
+            live is not None,
             num_warps=2,
+            **overlap(x),
         )
     return y
 
 
 @torch.library.custom_op(add_op_namespace_prefix("selective_state_update"), mutates_args={"state"})
-def _update_op(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    return _update(state, x, dt, A, B, C, D)
+def _update_op(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor | None,
+    shortest: float,
+    longest: float,
+    live: Tensor | None,
+) -> Tensor:
+    return _update(state, x, dt, A, B, C, D, dt_bias, shortest, longest, live)
 
 
 @_update_op.register_fake
-def _(state, x, dt, A, B, C, D):
+def _(state, x, dt, A, B, C, D, dt_bias, shortest, longest, live):
     return x.new_empty(x.shape)
 
 
-def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor | None = None,
+    dt_limit: tuple[float, float] = ANY_STEP,
+    live: Tensor | None = None,
+) -> Tensor:
     """Advance `state` in place by one token and return its output. Has no gradient.
 
     Args:
         state: (batch, heads, head_dim, state_size), dense in its last two dimensions; updated in its own dtype.
         x: (batch, heads, head_dim).
-        dt: (batch, heads), float32, after softplus; 0 leaves the state as it is (padding).
-        A: (heads,), negative, float32.
+        dt: (batch, heads), after softplus; 0 leaves the state as it is. With `dt_bias` what is projected.
+        A: (heads,), negative. With `dt_bias` as the model keeps it, log(-A).
         B, C: (batch, groups, state_size).
         D: (heads,).
+        dt_bias: (heads,) or None; the step is then softplus(dt + dt_bias), in float32.
+        dt_limit: the shortest and the longest step, with `dt_bias`.
+        live: (batch,) or None; 0 leaves a row's state as it is (padding), 1 advances it.
 
     Returns:
         y: (batch, heads, head_dim) in the dtype of x.
     """
-    return (_update_op if torch.compiler.is_compiling() else _update)(state, x, dt, A, B, C, D)
+    update = _update_op if torch.compiler.is_compiling() else _update
+    return update(state, x, dt, A, B, C, D, dt_bias, *dt_limit, live)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._launch import on
 from ._ops import add_op_namespace_prefix
+from ._overlap import overlap, prefetch, previous_done
 
 MOST_TOKENS = 64
 _ROWS, _INNER = 32, 128  # of the weight: a program's tile
@@ -36,6 +37,7 @@ def _stream_kernel(
     K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EXACT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     part = tl.program_id(1)
     t = tl.arange(0, T).to(tl.int64)
@@ -44,6 +46,9 @@ def _stream_kernel(
     t_in, r_in = t < tokens, r < rows
     total = tl.zeros([T, R], tl.float32)
     end = tl.minimum(inner, (part + 1) * per_part)
+    early = tl.minimum(part * per_part + tl.arange(0, 8) * 64, inner - 1)
+    prefetch(weight + tl.minimum(r, rows - 1)[:, None] * weight_stride + early[None, :], OVERLAP)
+    previous_done(OVERLAP)
     for start in range(part * per_part, end, K):
         inside = start + k < end
         w = tl.load(
@@ -65,7 +70,18 @@ def _stream_kernel(
 
 
 @triton.jit
-def _add_parts_kernel(parts, bias, out, count, rows, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, SIZE: tl.constexpr):
+def _add_parts_kernel(
+    parts,
+    bias,
+    out,
+    count,
+    rows,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    previous_done(OVERLAP)
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = i < count
     total = tl.zeros([SIZE], tl.float32)
@@ -76,10 +92,11 @@ def _add_parts_kernel(parts, bias, out, count, rows, PARTS: tl.constexpr, HAS_BI
     tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """(tokens, in) -> (tokens, out) in `dtype`, that of x if none is given."""
     tokens, inner = x.shape
     rows = weight.shape[0]
-    out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    out = torch.empty(tokens, rows, dtype=dtype or x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     x, weight = (v if v.stride(-1) == 1 else v.contiguous() for v in (x, weight))
@@ -107,18 +124,28 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             x.dtype == torch.float32,
             num_warps=4,
             num_stages=4,
+            **overlap(x),
         )
         if parts > 1:
             count = tokens * rows
-            _add_parts_kernel[(triton.cdiv(count, 1024),)](
-                target, weight if bias is None else bias, out, count, rows, parts, bias is not None, 1024, num_warps=4
+            _add_parts_kernel[(triton.cdiv(count, 256),)](
+                target,
+                weight if bias is None else bias,
+                out,
+                count,
+                rows,
+                parts,
+                bias is not None,
+                256,
+                num_warps=1,
+                **overlap(x),
             )
     return out
 
 
 @torch.library.custom_op(add_op_namespace_prefix("small_batch_linear"), mutates_args=())
 def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _linear(x, weight, bias)
+    return few_rows(x, weight, bias)
 
 
 @_linear_op.register_fake
@@ -138,6 +165,6 @@ def small_batch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         (..., out) in the dtype of x; sums in float32, always in the same order.
     """
     rows = x.reshape(-1, x.shape[-1])
-    return (_linear_op if torch.compiler.is_compiling() else _linear)(rows, weight, bias).view(
+    return (_linear_op if torch.compiler.is_compiling() else few_rows)(rows, weight, bias).view(
         *x.shape[:-1], weight.shape[0]
     )

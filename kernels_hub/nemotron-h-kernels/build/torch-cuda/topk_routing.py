@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ._launch import as_operator, block, on
 from ._ops import add_op_namespace_prefix, ops
+from ._overlap import overlap, previous_done
+from .small_batch_linear import MOST_TOKENS, few_rows
 
 
 @triton.jit
@@ -32,13 +34,16 @@ def _route_kernel(
     SLOTS: tl.constexpr,
     E: tl.constexpr,
     NORMALISE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, E)
     slot = tl.arange(0, SLOTS)
     inside = e < experts
+    steered = tl.load(bias + e, mask=inside, other=0.0)
+    previous_done(OVERLAP)
     score = tl.sigmoid(tl.load(logits + row * experts + e, mask=inside, other=0.0))
-    choice = score + tl.load(bias + e, mask=inside, other=0.0)
+    choice = score + steered
     # What is not a number ranks below every number and above the padding, so that an index is always valid.
     choice = tl.where(choice == choice, choice, -3.0e38)
     choice = tl.where(inside, choice, float("-inf"))
@@ -106,6 +111,7 @@ def _route(logits: Tensor, bias: Tensor, top_k: int, normalise: bool, scale: flo
                 normalise,
                 # Few tokens want it soon, many want few instructions in all.
                 num_warps=min(32, max(1, size // 512) if tokens > 64 else max(4, size // 128)),
+                **overlap(logits),
             )
     return weights, index
 
@@ -176,9 +182,13 @@ def _split_product(a: Tensor, b: Tensor) -> Tensor:
     return _product(high, b) + _product((a - high).to(b.dtype), b)
 
 
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    return few_rows(x, weight, dtype=torch.float32) if x.shape[0] <= MOST_TOKENS else _product(x, weight.t())
+
+
 @torch.library.custom_op(add_op_namespace_prefix("router_logits"), mutates_args=())
 def _logits_op(x: Tensor, weight: Tensor) -> Tensor:
-    return _product(x, weight.t())
+    return _logits(x, weight)
 
 
 @_logits_op.register_fake
@@ -211,7 +221,7 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """x (tokens, hidden) times weight (experts, hidden), transposed, in float32: (tokens, experts)."""
     if x.dtype == torch.float32:
         return F.linear(x, weight)
-    return (_logits_op if as_operator() else lambda x, weight: _product(x, weight.t()))(x, weight)
+    return (_logits_op if as_operator() else _logits)(x, weight)
 
 
 def topk_routing(

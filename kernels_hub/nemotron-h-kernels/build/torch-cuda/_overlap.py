@@ -1,0 +1,57 @@
+"""Programmatic dependent launch, from Hopper on: a kernel begins while the one before it in the stream still runs.
+
+Decoding is a chain of some hundred short kernels, each of which would wait for the last program of the one before, then for
+its own launch, then for its first bytes. A kernel launched with `**overlap(x)` does the last two meanwhile. It has two rules:
+
+- Before `previous_done` it touches nothing but weights, and what the kernel before the previous one had finished: each
+  kernel lets its successor begin only from `previous_done` on, so all kernels but the previous one have ended by then.
+- Every program calls it, also one with nothing to do. A kernel whose programs left without would seem to have ended while
+  its predecessor still runs.
+
+A weight must therefore not be what another of these kernels has written just before.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ._launch import gpu
+
+
+@functools.cache
+def _options(device: torch.device) -> dict[str, bool]:
+    able = device.type == "cuda" and gpu(device)[1] >= (9, 0)
+    return {"OVERLAP": able, "launch_pdl": able}
+
+
+def overlap(x: Tensor) -> dict[str, bool]:
+    """What a launch on the device of `x` takes beside its arguments; the kernel has a constant `OVERLAP`."""
+    return _options(x.device)
+
+
+@triton.jit
+def previous_done(OVERLAP: tl.constexpr):
+    """Wait until the previous kernel has ended and what it wrote is there; let the next one begin."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers, OVERLAP: tl.constexpr):
+    """Ask for the lines of 128 bytes that these pointers lie in, to be in the L2 cache when they are loaded."""
+    if OVERLAP:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [pointers.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -1,0 +1,23 @@
+"""The time step and the decay of Mamba-2, from what a model projects and what it keeps.
+
+step = softplus(dt + dt_bias), within `dt_limit`;  A = -exp(A_log)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ANY_STEP = (0.0, float("inf"))
+
+
+def time_step(dt: Tensor, dt_bias: Tensor, dt_limit: tuple[float, float] = ANY_STEP) -> Tensor:
+    """(..., heads) of any dtype and (heads,) -> (..., heads) in float32 or, from float64, in float64."""
+    step = F.softplus(dt + dt_bias.float())  # a sum in float32, whatever dt comes in
+    return step if tuple(dt_limit) == ANY_STEP else step.clamp(*dt_limit)
+
+
+def decay(A_log: Tensor) -> Tensor:
+    """(heads,) -> (heads,), negative, float32."""
+    return -torch.exp(A_log.float())
