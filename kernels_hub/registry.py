@@ -34,7 +34,7 @@ from . import conventions
 from .reference.add_rms_norm import add_rms_norm as _add_rms_norm
 from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
 from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
-from .reference.linear import linear as _linear
+from .reference.linear import small_batch_linear as _small_batch_linear
 from .reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from .reference.moe_experts import moe_experts as _moe_experts
 from .reference.quantized_experts import fp8_experts as _fp8_experts
@@ -188,11 +188,13 @@ def _packed_limits(x: Tensor, *matrices: tuple[Tensor, ...]) -> str | None:
     return _dtype_of("x", x)
 
 
-def _nvfp4_linear_limits(x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor) -> str | None:
+def _nvfp4_linear_limits(
+    x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor, *epilogue: Any, **named: Any
+) -> str | None:
     return _packed_limits(x, (packed, scale, global_scale))
 
 
-def _fp8_linear_limits(x: Tensor, weight: Tensor, scale: Tensor) -> str | None:
+def _fp8_linear_limits(x: Tensor, weight: Tensor, scale: Tensor, *epilogue: Any, **named: Any) -> str | None:
     return _packed_limits(x, (weight, scale))
 
 
@@ -248,7 +250,9 @@ def _replayed(x: Tensor, settled: int) -> str | None:
     return f"{x.shape[1]} tokens, the kernel replays up to 96" if x.shape[1] > 96 else None
 
 
-def _small_linear_limits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+def _small_linear_limits(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *epilogue: Any, **named: Any
+) -> str | None:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return "the kernel has no gradient: call it under `torch.no_grad()`"
     if x.numel() > 64 * x.shape[-1]:
@@ -339,7 +343,7 @@ fp8_linear = Op("fp8_linear", _fp8_linear, _fp8_linear_limits)
 nvfp4_experts = Op("nvfp4_experts", _nvfp4_experts, _packed_experts_limits)
 fp8_experts = Op("fp8_experts", _fp8_experts, _packed_experts_limits)
 linear_cross_entropy = Op("linear_cross_entropy", _linear_cross_entropy, _cross_entropy_limits)
-small_batch_linear = Op("small_batch_linear", _linear, _small_linear_limits)
+small_batch_linear = Op("small_batch_linear", _small_batch_linear, _small_linear_limits)
 # Made of other ops: where these kernels do not serve, what serves those does.
 causal_conv1d_replay = Op(
     "causal_conv1d_replay", functools.partial(_causal_conv1d_replay, conv=causal_conv1d), _conv_replay_limits

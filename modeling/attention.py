@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 from .fp8_cache import cache_scales
-from .linear import NemotronHLinear
+from .linear import NemotronHLinear, product_of
 from .token_layout import TokenLayout
 
 
@@ -82,8 +82,14 @@ class NemotronHAttention(nn.Module):
         self.o_proj = NemotronHLinear(query_width, config.hidden_size, bias=config.attention_bias)
 
     def forward(
-        self, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None, **kwargs
+        self,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        cache: Cache | None = None,
+        residual: Tensor | None = None,
+        **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
+        """`residual`: (batch, seq, hidden), added to the output."""
         batch, length, _ = hidden_states.shape
         query, key, value = (
             projection(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
@@ -96,11 +102,11 @@ class NemotronHAttention(nn.Module):
 
         if layout.slot_mask is not None:
             out = attend_to_slots(query, key, value, layout.slot_mask, self.scaling)
-            return self.o_proj(out.reshape(batch, length, -1)), None
+            return product_of(self.o_proj, out.reshape(batch, length, -1), plus=(residual,)), None
         if layout.behind_past:
             seen = causal_lower_right(length, key.shape[2])
             out = F.scaled_dot_product_attention(query, key, value, seen, scale=self.scaling, enable_gqa=True)
-            return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1)), None
+            return product_of(self.o_proj, out.transpose(1, 2).reshape(batch, length, -1), plus=(residual,)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         kwargs |= {"dropout": self.config.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         if layout.documents is None:
@@ -112,4 +118,4 @@ class NemotronHAttention(nn.Module):
             for row, start, end in layout.documents:
                 part = [t[row : row + 1, :, start:end] for t in (query, key, value)]
                 out[row, start:end] = attend(self, *part, None, **kwargs)[0][0]
-        return self.o_proj(out.reshape(batch, length, -1)), weights
+        return product_of(self.o_proj, out.reshape(batch, length, -1), plus=(residual,)), weights

@@ -51,7 +51,10 @@ class NemotronHBlock(GradientCheckpointingLayer):
 def mix_residual(
     block: nn.Module, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None, **kwargs
 ) -> Tensor:
-    """`hidden_states + block.mixer(block.norm(hidden_states))`, for any module with `block_type`, `norm` and `mixer`."""
+    """`hidden_states + block.mixer(block.norm(hidden_states))`, for any module with `block_type`, `norm` and `mixer`.
+
+    The mixer adds: of few tokens, its last product does so before it is written.
+    """
     if block.block_type in ("moe", "mlp"):
         tokens = hidden_states.shape[0] * hidden_states.shape[1]
         most = _TOKENS_PER_PASS.get(hidden_states.device.type, _TOKENS_PER_PASS["cuda"])
@@ -62,11 +65,11 @@ def mix_residual(
                 part = flat[start : start + most]
                 torch.add(part, block.mixer(_normed(block, part)), out=out[start : start + most])
             return out.view_as(hidden_states)
-        return hidden_states + block.mixer(_normed(block, hidden_states))
+        return block.mixer(_normed(block, hidden_states), residual=hidden_states)
     normed = _normed(block, hidden_states)
     if block.block_type == "linear_attention":
-        return hidden_states + block.mixer(normed, layout, cache)
-    return hidden_states + block.mixer(normed, layout, cache, **kwargs)[0]
+        return block.mixer(normed, layout, cache, residual=hidden_states)
+    return block.mixer(normed, layout, cache, residual=hidden_states, **kwargs)[0]
 
 
 def _normed(block: nn.Module, hidden_states: Tensor) -> Tensor:

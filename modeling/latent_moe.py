@@ -15,7 +15,7 @@ from transformers.integrations import use_experts_implementation
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 from ..kernels_hub.registry import moe_experts, router_logits, topk_routing
-from .linear import NemotronHLinear
+from .linear import NemotronHLinear, product_of
 from .mlp import NemotronHMLP
 
 
@@ -102,8 +102,11 @@ class NemotronHMoE(nn.Module):
             self.fc1_latent_proj = NemotronHLinear(config.hidden_size, config.moe_latent_size, bias=config.mlp_bias)
             self.fc2_latent_proj = NemotronHLinear(config.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`residual`: as the input, added to the output."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        residual = residual if residual is None else residual.reshape(tokens.shape)
         _, weights, index = self.gate(tokens)
-        routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(tokens), index, weights))
-        return (routed + self.shared_experts(tokens)).view_as(hidden_states)
+        routed = self.experts(self.fc1_latent_proj(tokens), index, weights)
+        shared = self.shared_experts(tokens)
+        return product_of(self.fc2_latent_proj, routed, plus=(shared, residual)).view_as(hidden_states)

@@ -27,7 +27,7 @@ from ..kernels_hub.registry import (
 )
 from .cache import ROLLBACK_LIMIT, Mamba2CacheLayer
 from .hub_functions import mamba2_functions, put_in_place
-from .linear import NemotronHLinear
+from .linear import NemotronHLinear, product_of
 from .norms import NemotronHGatedRMSNorm
 from .static_cache import StaticMamba2Layer
 from .token_layout import TokenLayout
@@ -37,6 +37,10 @@ _SEGMENT_TOKENS = {"cpu": 512, "cuda": 16384}
 
 # Settled tokens of a recorded past that are replayed with every call before they go into the state.
 _REPLAYED_TOGETHER = 16
+
+
+def _plus(out: Tensor, residual: Tensor | None) -> Tensor:
+    return out if residual is None else residual + out
 
 
 class NemotronHCausalConv1d(nn.Conv1d):
@@ -93,23 +97,26 @@ class NemotronHMamba2Mixer(nn.Module):
         self.out_proj = NemotronHLinear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
         self._kernel_funcs = mamba2_functions()
 
-    def forward(self, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, layout: TokenLayout, cache: Cache | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """`residual`: (batch, seq, hidden), added to the output."""
         if cache is None:
             whole = self._hub("mamba_split_conv1d_scan_combined") if self.training else None
             if whole is not None and layout.padding is None:
-                return self._through(whole, hidden_states, layout.compact_documents())
-            return self._sequence(hidden_states, layout, None, None)[0]
+                return _plus(self._through(whole, hidden_states, layout.compact_documents()), residual)
+            return _plus(self._sequence(hidden_states, layout, None, None)[0], residual)
         layer = cache.layers[self.layer_idx]
         if getattr(layer, "read_ahead", None) is not None:
-            return self._read_ahead(hidden_states, layer)
+            return self._read_ahead(hidden_states, layer, residual)
         states = self._settled_states(cache)
         if cache.is_recording_past(self.layer_idx) and layout.seq_idx is None:
-            return self._recorded(hidden_states, layout, cache, *states)
+            return _plus(self._recorded(hidden_states, layout, cache, *states), residual)
         if states[0] is not None and hidden_states.shape[1] == 1:
-            return self._one_token(hidden_states, layout, *states)
+            return self._one_token(hidden_states, layout, *states, residual)
         out, *states = self._sequence(hidden_states, layout, *states)
         self._store(cache, *states)
-        return out
+        return _plus(out, residual)
 
     def _settled_states(self, cache: Cache) -> tuple[Tensor | None, Tensor | None]:
         """Convolution and SSM state with every token in them that will not be taken back any more."""
@@ -272,7 +279,14 @@ class NemotronHMamba2Mixer(nn.Module):
         )
         return y.view(batch, length, -1)
 
-    def _one_token(self, hidden_states: Tensor, layout: TokenLayout, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+    def _one_token(
+        self,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        residual: Tensor | None,
+    ) -> Tensor:
         """Decoding: advance both states in place by one token."""
         batch = hidden_states.shape[0]
         z, conv_in, dt = self._project(hidden_states[:, 0])
@@ -296,16 +310,16 @@ class NemotronHMamba2Mixer(nn.Module):
             live=real,
             hub=self._hub("selective_state_update"),
         )
-        return self.out_proj(self.norm(y.view(batch, -1), z)).unsqueeze(1)
+        return product_of(self.out_proj, self.norm(y.view(batch, 1, -1), z.unsqueeze(1)), plus=(residual,))
 
-    def _read_ahead(self, hidden_states: Tensor, layer: StaticMamba2Layer) -> Tensor:
+    def _read_ahead(self, hidden_states: Tensor, layer: StaticMamba2Layer, residual: Tensor | None) -> Tensor:
         """Drafts, in a fixed step: the kept tokens of the last step go into the states, in place; the new ones do not."""
         self.take_drafts(layer)
         conv_state, ssm_state, drafts = layer.conv_states[0], layer.recurrent_states[0], layer.drafts
         z, inputs = self.in_proj(hidden_states).tensor_split([self.intermediate_size], dim=-1)
         drafts[:, : inputs.shape[1]] = inputs
         y = self._advance(*self._split(inputs), conv_state, ssm_state.clone(), None)
-        return self.out_proj(self.norm(y, z))
+        return product_of(self.out_proj, self.norm(y, z), plus=(residual,))
 
     def take_drafts(self, layer: StaticMamba2Layer) -> None:
         """Advance a layer's states, in place, by those of its drafts that are kept."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels_hub.reference.fp8 import dequantize_fp8
+from ..kernels_hub.reference.linear import finished
 from ..kernels_hub.reference.nvfp4 import BLOCK, dequantize_nvfp4
 from ..kernels_hub.reference.quantized_experts import experts_with_low_rank
 from ..kernels_hub.reference.quantized_linear import simulate_fp8, simulate_nvfp4
@@ -29,7 +30,7 @@ class WeightFormat:
         name: ModelOpt's `quant_algo`.
         stored: by name in a checkpoint, what a row's length is divided by (0: a scalar) and the dtype; `weight` first.
         dequantize: (*stored, dtype) -> (out, in).
-        linear: (x, *stored) -> x @ W^T.
+        linear: (x, *stored, relu2, plus) -> x @ W^T, and what follows it.
         experts: (x, index, weights, up, down, input_scales) -> as in `kernels_hub/reference/quantized_experts.py`.
         simulate: (x, input_scale) -> x rounded as the hardware would.
         scaled_linear: (x, *stored, input_scale) -> x @ W^T with x rounded, on hardware that multiplies such operands.
@@ -167,6 +168,12 @@ class QuantizedLinear(_FeedsCache, nn.Linear):
                 x = self.weight_format.simulate(x, self.input_scale)
             out = self.weight_format.linear(x, *self.stored())
         return self._as_cached(out if self.bias is None else out + self.bias.to(out.dtype))
+
+    def product(self, x: Tensor, relu2: bool, plus: tuple[Tensor, ...]) -> Tensor:
+        """See `modeling/linear.py`."""
+        if self.quantize_activations or self.simulate_activations or self.bias is not None or self.cache_scale:
+            return finished(self(x), relu2, plus)
+        return self.weight_format.linear(x, *self.stored(), relu2, plus)
 
     def dequantize(self, dtype: torch.dtype) -> nn.Linear:
         """The same map in full precision; this module stays as it is."""

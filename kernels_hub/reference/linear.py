@@ -84,3 +84,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Linear.apply(x, weight, bias)
     return rows_times(x, weight, bias)
+
+
+def finished(out: Tensor, relu2: bool, plus: tuple[Tensor, ...]) -> Tensor:
+    """What a layer does to a product: relu(out)^2, or sums with terms of its shape, one after another."""
+    out = F.relu(out).square() if relu2 else out
+    for term in plus:
+        out = term + out
+    return out
+
+
+def small_batch_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu2: bool = False, plus: tuple[Tensor, ...] = ()
+) -> Tensor:
+    """`linear`, and what follows it.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+        bias: (out,) or None.
+        relu2: return relu(...)^2.
+        plus: tensors like the result, added to it one after another, each sum rounded.
+
+    Returns:
+        (..., out) in the dtype of x.
+    """
+    return finished(linear(x, weight, bias), relu2, plus)

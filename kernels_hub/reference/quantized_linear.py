@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fp8 import dequantize_fp8, quantize_fp8
+from .linear import finished
 from .nvfp4 import dequantize_nvfp4, quantize_nvfp4
 
 
@@ -43,28 +44,37 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def nvfp4_linear(x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
+def nvfp4_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    global_scale: Tensor,
+    relu2: bool = False,
+    plus: tuple[Tensor, ...] = (),
+) -> Tensor:
     """x @ W^T with W in NVFP4.
 
     Args:
         x: (..., in); packed: (out, in / 2) uint8; scale: (out, in / 16) float8_e4m3fn; global_scale: () float32.
+        relu2, plus: as in `small_batch_linear`.
 
     Returns:
         (..., out) in the dtype of x.
     """
-    return _FrozenLinear.apply(x, dequantize_nvfp4, packed, scale, global_scale)
+    return finished(_FrozenLinear.apply(x, dequantize_nvfp4, packed, scale, global_scale), relu2, plus)
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, relu2: bool = False, plus: tuple[Tensor, ...] = ()) -> Tensor:
     """x @ W^T with W in FP8.
 
     Args:
         x: (..., in); weight: (out, in) float8_e4m3fn; scale: () float32.
+        relu2, plus: as in `small_batch_linear`.
 
     Returns:
         (..., out) in the dtype of x.
     """
-    return _FrozenLinear.apply(x, dequantize_fp8, weight, scale)
+    return finished(_FrozenLinear.apply(x, dequantize_fp8, weight, scale), relu2, plus)
 
 
 def simulate_nvfp4(x: Tensor, global_scale: Tensor) -> Tensor:

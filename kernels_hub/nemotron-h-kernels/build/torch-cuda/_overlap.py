@@ -3,12 +3,14 @@
 Decoding is a chain of some hundred short kernels, each of which would wait for the last program of the one before, then for
 its own launch, then for its first bytes. A kernel launched with `**overlap(x)` does the last two meanwhile. It has two rules:
 
-- Before `previous_done` it touches nothing but weights, and what the kernel before the previous one had finished: each
-  kernel lets its successor begin only from `previous_done` on, so all kernels but the previous one have ended by then.
+- Before `previous_done` it touches nothing but weights: then all kernels before it have ended, and not earlier. A weight
+  must therefore not be what another of these kernels has written just before.
 - Every program calls it, also one with nothing to do. A kernel whose programs left without would seem to have ended while
   its predecessor still runs.
 
-A weight must therefore not be what another of these kernels has written just before.
+Short kernels let the next one begin at once (`next_may_begin` first): what a launch takes is longer than they are. Kernels that
+fill the GPU do so when their work is done: programs of the next that came early would lie where there was room, which is not
+evenly, and all of it would wait for the fullest multiprocessor.
 """
 
 from __future__ import annotations
@@ -37,9 +39,15 @@ def overlap(x: Tensor) -> dict[str, bool]:
 
 @triton.jit
 def previous_done(OVERLAP: tl.constexpr):
-    """Wait until the previous kernel has ended and what it wrote is there; let the next one begin."""
+    """Wait until the previous kernel has ended and what it wrote is there."""
     if OVERLAP:
         gdc_wait()
+
+
+@triton.jit
+def next_may_begin(OVERLAP: tl.constexpr):
+    """Let the next kernel begin once every program has called this or ended."""
+    if OVERLAP:
         gdc_launch_dependents()
 
 

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._epilogue import finish, pair
 from ._launch import gpu, on
-from ._overlap import overlap, prefetch, previous_done
+from ._overlap import next_may_begin, overlap, prefetch, previous_done
 
 # A stored matrix, or a stack of them: bytes (..., out, in) or (..., out, in / 2), block scales as uint8 or None, float32 scales.
 Packed = tuple[Tensor, Tensor | None, Tensor]
@@ -259,6 +260,8 @@ def _stream_kernel(
     block_scale,
     scale,
     out,
+    first_term,
+    second_term,
     rows,
     word_pairs,
     blocks_each,
@@ -266,6 +269,7 @@ def _stream_kernel(
     STACKED: tl.constexpr,
     BITS: tl.constexpr,
     RELU2: tl.constexpr,
+    TERMS: tl.constexpr,
     PARTS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     KNOWN: tl.constexpr,
@@ -276,8 +280,8 @@ def _stream_kernel(
     """out[vector] = weight[which[vector]] x[vector // SHARED], `blocks_each` blocks of R rows of it.
 
     `weight` is seen as 64-bit words, `x` as pairs of bfloat16. Of a row that W words hold, or of one of PARTS of it with a sum for
-    each, the numbers of x are made ready once for all blocks; else (PARTS = 0) anew for each stretch of W words. KNOWN: `which`
-    is not what the previous kernel writes.
+    each, the numbers of x are made ready once for all blocks; else (PARTS = 0) anew for each stretch of W words. KNOWN: what
+    `which` holds was there before the previous kernel began.
     """
     if not KNOWN:
         previous_done(OVERLAP)
@@ -348,12 +352,10 @@ def _stream_kernel(
                     total += _dot_sixteen(packed, step, n0, n1, n2, n3, n4, n5, n6, n7, down, ASSEMBLY)
                 else:
                     total += _dot_eight(packed, n0, n1, n2, n3, down, ASSEMBLY)
-        y = tl.sum(total, 1) * factor
-        if RELU2:
-            y = tl.maximum(y, 0.0)
-            y = y * y
+        y = finish(tl.sum(total, 1) * factor, first_term, second_term, vector * rows + r, r < rows, RELU2, TERMS)
         tl.store(out + r, y.to(out.dtype.element_ty), mask=r < rows)
         r += R
+    next_may_begin(OVERLAP)
 
 
 @triton.jit
@@ -363,11 +365,15 @@ def _few_kernel(
     block_scale,
     scale,
     out,
+    first_term,
+    second_term,
     vectors,
     rows,
     row_bytes,
     stretch,
     BITS: tl.constexpr,
+    RELU2: tl.constexpr,
+    TERMS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -424,10 +430,13 @@ def _few_kernel(
             else:
                 numeric = (_e4m3(packed) * (2.0**120)).to(tl.bfloat16)
             total = tl.dot(numeric, numbers, total)
+    next_may_begin(OVERLAP)
     total *= tl.load(scale) * (256.0 if BITS == 4 else 1.0)
     out += tl.program_id(1).to(tl.int64) * vectors * rows
     to = (v.to(tl.int64) * rows)[None, :] + n[:, None]
-    tl.store(out + to, total.to(out.dtype.element_ty), mask=(v < vectors)[None, :] & (n < rows)[:, None])
+    inside = (v < vectors)[None, :] & (n < rows)[:, None]
+    total = finish(total, first_term, second_term, to, inside, RELU2, TERMS)
+    tl.store(out + to, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -523,13 +532,27 @@ def _tiles_kernel(
 
 
 @triton.jit
-def _sum_kernel(parts, out, count, PARTS, SIZE: tl.constexpr, OVERLAP: tl.constexpr):
+def _sum_kernel(
+    parts,
+    out,
+    first_term,
+    second_term,
+    count,
+    PARTS,
+    RELU2: tl.constexpr,
+    TERMS: tl.constexpr,
+    SIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    next_may_begin(OVERLAP)
     previous_done(OVERLAP)
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    inside = i < count
     total = tl.zeros([SIZE], tl.float32)
     for part in range(0, PARTS):
-        total += tl.load(parts + part * count.to(tl.int64) + i, mask=i < count, other=0.0)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < count)
+        total += tl.load(parts + part * count.to(tl.int64) + i, mask=inside, other=0.0)
+    total = finish(total, first_term, second_term, i, inside, RELU2, TERMS)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -571,6 +594,7 @@ def stream(
     packed: Packed,
     shared: int = 1,
     relu2: bool = False,
+    plus: tuple[Tensor, ...] = (),
     apart: bool = False,
     known: bool = False,
 ) -> Tensor:
@@ -581,8 +605,9 @@ def stream(
         which: (vectors,) int64, the matrix of each; None for a single matrix.
         shared: how many vectors one after another are the same row of `x`.
         relu2: return relu(...)^2.
+        plus: terms for a single matrix, (vectors, rows) bfloat16; see `_epilogue.py`.
         apart: leave the sums of stretches of a row for the caller to add, which is faster where many vectors meet long rows.
-        known: `which` was read by the kernel launched before this one, so it need not be waited for.
+        known: the kernel launched before this one reads `which` too, so that it need not be waited for.
 
     Returns:
         (vectors, rows) bfloat16; with `apart` (vectors, parts, rows), in float32 if there is more than one part.
@@ -612,6 +637,7 @@ def stream(
                 codes if block_scale is None else block_scale,
                 scale,
                 out,
+                *pair(plus, out),
                 rows,
                 words // 2,
                 each,
@@ -619,6 +645,7 @@ def stream(
                 which is not None,
                 bits,
                 relu2,
+                len(plus),
                 parts,
                 _assembly(x, bits),
                 known or which is None,
@@ -641,18 +668,21 @@ def _parts(out: Tensor, splits: int) -> Tensor:
     return out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
 
 
-def _add_parts(parts: Tensor, out: Tensor) -> None:
+def _add_parts(parts: Tensor, out: Tensor, relu2: bool = False, plus: tuple[Tensor, ...] = ()) -> None:
     if parts is not out:
-        _sum_kernel[(triton.cdiv(out.numel(), 1024),)](
-            parts, out, out.numel(), parts.shape[0], 1024, num_warps=4, **overlap(out)
+        _sum_kernel[(triton.cdiv(out.numel(), 256),)](
+            *(parts, out, *pair(plus, out), out.numel(), parts.shape[0], relu2, len(plus), 256),
+            num_warps=1,
+            **overlap(out),
         )
 
 
-def few(x: Tensor, packed: Packed) -> Tensor:
+def few(x: Tensor, packed: Packed, relu2: bool = False, plus: tuple[Tensor, ...] = ()) -> Tensor:
     """Up to `FEW` vectors times one matrix, which is read once.
 
     Args:
         x: (vectors, width) contiguous, bfloat16.
+        relu2, plus: as in `stream`.
 
     Returns:
         (vectors, rows) bfloat16.
@@ -674,11 +704,14 @@ def few(x: Tensor, packed: Packed) -> Tensor:
             codes if block_scale is None else block_scale,
             scale,
             to,
+            *pair(plus, out),
             vectors,
             rows,
             row_bytes,
             stretch,
             bits,
+            relu2 and splits == 1,
+            len(plus) if splits == 1 else 0,
             _assembly(x, bits),
             FEW,
             n,
@@ -687,7 +720,7 @@ def few(x: Tensor, packed: Packed) -> Tensor:
             num_stages=4,
             **overlap(x),
         )
-        _add_parts(to, out)
+        _add_parts(to, out, relu2, plus)
     return out
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._launch import as_operator, on
 from ._ops import add_op_namespace_prefix, ops
-from ._overlap import overlap, previous_done
+from ._overlap import next_may_begin, overlap, previous_done
 
 _POSITIONS, _CHANNELS = 32, 128  # of a tile
 _BACKWARD_PROGRAMS = 64  # along the sequence: each sums its own tiles' share of the weight's gradient
@@ -232,6 +232,7 @@ def _update_kernel(
     shift = tl.zeros([C], tl.float32)
     if HAS_BIAS:
         shift = tl.load(bias + c, mask=inside_c, other=0.0).to(tl.float32)
+    next_may_begin(OVERLAP)
     previous_done(OVERLAP)
     place = state + batch * state_batch + c[:, None] * KERNEL + k[None, :]
     new = tl.load(x + batch * x_stride + c, mask=inside_c, other=0.0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._launch import as_operator, on
 from ._ops import add_op_namespace_prefix, ops
-from ._overlap import overlap, prefetch, previous_done
+from ._overlap import next_may_begin, overlap, prefetch, previous_done
 from .grouped_experts import grouped_experts, serves
 
 # Up to here pairs rarely share an expert (512 experts, top-22), so each pair reads weights of its own.
@@ -55,6 +55,7 @@ def _stream_up_kernel(
         token = tl.load(x + (pair // TOP_K) * x_stride + start + k, mask=inside, other=0.0).to(tl.float32)
         w = tl.load(rows + (start + k)[None, :], mask=(r < inner)[:, None] & inside[None, :], other=0.0)
         total += w.to(tl.float32) * token[None, :]
+    next_may_begin(OVERLAP)
     active = tl.maximum(tl.sum(total, 1), 0.0)
     tl.store(hidden + pair * inner + r, active * active, mask=r < inner)
 
@@ -63,7 +64,9 @@ def _stream_up_kernel(
 def _stream_down_kernel(hidden, index, down, y, width, inner, R: tl.constexpr, K: tl.constexpr, OVERLAP: tl.constexpr):
     """y[pair] = down[expert] hidden[pair], R rows of it."""
     pair = tl.program_id(1).to(tl.int64)
-    expert = tl.load(index + pair)  # before `previous_done`: the previous kernel has read it too
+    expert = tl.load(
+        index + pair
+    )  # before `previous_done`: the previous kernel reads it, and lets this one begin later
     r = tl.program_id(0) * R + tl.arange(0, R)
     k = tl.arange(0, K)
     rows = down + (expert * width + r)[:, None] * inner
@@ -76,6 +79,7 @@ def _stream_down_kernel(hidden, index, down, y, width, inner, R: tl.constexpr, K
         h = tl.load(hidden + pair * inner + start + k, mask=inside, other=0.0)
         w = tl.load(rows + (start + k)[None, :], mask=(r < width)[:, None] & inside[None, :], other=0.0)
         total += w.to(tl.float32) * h[None, :]
+    next_may_begin(OVERLAP)
     tl.store(y + pair * width + r, tl.sum(total, 1), mask=r < width)
 
 
@@ -95,6 +99,7 @@ def _combine_kernel(
     OVERLAP: tl.constexpr,
 ):
     """out[token] = sum over its pairs of weight * y[place[pair]], each in PARTS, in float32 and always in the same order."""
+    next_may_begin(OVERLAP)
     previous_done(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * W + tl.arange(0, W)

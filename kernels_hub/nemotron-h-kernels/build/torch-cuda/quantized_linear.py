@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._epilogue import finished, fits
 from ._launch import as_operator, rows_of
 from ._ops import add_op_namespace_prefix, ops
 from ._packed import FEW, Packed, few, in_pairs, shape_of, stream, tiles, unpack
@@ -17,17 +18,25 @@ from ._packed import FEW, Packed, few, in_pairs, shape_of, stream, tiles, unpack
 _IN_TILES = 64
 
 
-def _linear(x: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    block_scale: Tensor | None,
+    scale: Tensor,
+    relu2: bool = False,
+    plus: tuple[Tensor, ...] = (),
+) -> Tensor:
     packed: Packed = (weight, None if block_scale is None else block_scale.view(torch.uint8), scale)
     rows = rows_of(x)
-    if rows.shape[0] <= FEW and in_pairs(rows, packed):
+    if rows.shape[0] <= FEW and in_pairs(rows, packed) and fits(plus, x):
         rows = rows.contiguous()
-        out = stream(rows, None, packed) if rows.shape[0] == 1 else few(rows, packed)
-    elif rows.shape[0] <= _IN_TILES:
+        product = stream(rows, None, packed, 1, relu2, plus) if rows.shape[0] == 1 else few(rows, packed, relu2, plus)
+        return product.view(*x.shape[:-1], product.shape[-1])
+    if rows.shape[0] <= _IN_TILES:
         out = tiles(rows.contiguous(), packed)
     else:
         out = F.linear(rows, unpack(packed, x.dtype))
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return finished(out.view(*x.shape[:-1], out.shape[-1]), relu2, plus)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("quantized_linear"), mutates_args=())
@@ -61,27 +70,50 @@ def _autograd(ctx, grad):
 _linear_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def nvfp4_linear(x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    block_scale: Tensor | None,
+    scale: Tensor,
+    relu2: bool,
+    plus: tuple[Tensor, ...],
+) -> Tensor:
+    if as_operator():
+        return finished(_linear_op(x, weight, block_scale, scale), relu2, plus)
+    return _linear(x, weight, block_scale, scale, relu2, plus)
+
+
+def nvfp4_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    global_scale: Tensor,
+    relu2: bool = False,
+    plus: tuple[Tensor, ...] = (),
+) -> Tensor:
     """x @ W^T with W in NVFP4.
 
     Args:
         x: (..., in), bfloat16 or float32.
         packed: (out, in / 2) uint8; scale: (out, in / 16) float8_e4m3fn; global_scale: () float32; all contiguous.
+        relu2: return relu(...)^2.
+        plus: tensors like the result, added to it one after another, each sum rounded.
 
     Returns:
         (..., out) in the dtype of x.
     """
-    return (_linear_op if as_operator() else _linear)(x, packed, scale, global_scale)
+    return _product(x, packed, scale, global_scale, relu2, plus)
 
 
-def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, relu2: bool = False, plus: tuple[Tensor, ...] = ()) -> Tensor:
     """x @ W^T with W in FP8.
 
     Args:
         x: (..., in), bfloat16 or float32; `in` a multiple of 8.
         weight: (out, in) float8_e4m3fn, contiguous; scale: () float32.
+        relu2, plus: as in `nvfp4_linear`.
 
     Returns:
         (..., out) in the dtype of x.
     """
-    return (_linear_op if as_operator() else _linear)(x, weight, None, scale)
+    return _product(x, weight, None, scale, relu2, plus)

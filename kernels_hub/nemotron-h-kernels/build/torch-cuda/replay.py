@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._launch import block, on
 from ._ops import add_op_namespace_prefix
-from ._overlap import overlap, previous_done
+from ._overlap import next_may_begin, overlap, previous_done
 from .selective_state_update import ANY_STEP, decay_of, time_step
 
 _ROWS = 16  # of the state a program advances, as for one token
@@ -39,6 +39,7 @@ def _conv_kernel(
     C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    next_may_begin(OVERLAP)
     previous_done(OVERLAP)
     batch = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * C + tl.arange(0, C)
@@ -116,6 +117,7 @@ def _state_kernel(
     place = state + batch * state_batch + head * state_head + p[:, None] * N + n[None, :]
     a, shift = decay_of(A, dt_bias, head, RAW)
     skip = tl.load(D + head).to(tl.float32)
+    next_may_begin(OVERLAP)
     previous_done(OVERLAP)
     h = tl.load(place, mask=both, other=0.0).to(tl.float32)
     x += batch * x_batch + head * x_head

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._launch import as_operator, block, on, rows_of
 from ._ops import add_op_namespace_prefix, ops
-from ._overlap import overlap, previous_done
+from ._overlap import next_may_begin, overlap, previous_done
 
 _WARPS = 132 * 16  # of all the backward's programs: what an H100 holds at once, at the 115 registers they take
 
@@ -41,6 +41,7 @@ def _forward_kernel(
     inside = i < GROUP
     column = tl.program_id(1) * GROUP + i
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    next_may_begin(OVERLAP)
     previous_done(OVERLAP)
     v = tl.load(y + row * y_stride + column, mask=inside, other=0.0).to(tl.float32)
     if GATED:

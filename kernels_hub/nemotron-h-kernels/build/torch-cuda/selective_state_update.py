@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._launch import block, on
 from ._ops import add_op_namespace_prefix
-from ._overlap import overlap, previous_done
+from ._overlap import next_may_begin, overlap, previous_done
 
 _ROWS = 16  # of the state a program advances: small enough for hundreds of programs at batch 1
 ANY_STEP = (0.0, float("inf"))
@@ -88,6 +88,7 @@ def _update_kernel(
     place = state + batch * state_batch + head * state_head + p[:, None] * N + n[None, :]
     a, shift = decay_of(A, dt_bias, head, RAW)
     skip = tl.load(D + head).to(tl.float32)
+    next_may_begin(OVERLAP)
     previous_done(OVERLAP)
     old = tl.load(place, mask=both, other=0.0).to(tl.float32)
     x_p = tl.load(x + batch * x_batch + head * x_head + p, mask=p_in, other=0.0).to(tl.float32)

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._epilogue import finish, finished, fits, pair
 from ._launch import on
 from ._ops import add_op_namespace_prefix
-from ._overlap import overlap, prefetch, previous_done
+from ._overlap import next_may_begin, overlap, prefetch, previous_done
 
 MOST_TOKENS = 64
 _ROWS, _INNER = 32, 128  # of the weight: a program's tile
@@ -26,6 +27,8 @@ def _stream_kernel(
     weight,
     bias,
     out,
+    first,
+    second,
     tokens,
     rows,
     inner,
@@ -37,6 +40,8 @@ def _stream_kernel(
     K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EXACT: tl.constexpr,
+    RELU2: tl.constexpr,
+    TERMS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     part = tl.program_id(1)
@@ -63,10 +68,13 @@ def _stream_kernel(
             total = tl.dot(token, tl.trans(w), total, input_precision="ieee")
         else:
             total = tl.dot(token, tl.trans(w), total)
+    next_may_begin(OVERLAP)
     if HAS_BIAS:
         total += tl.load(bias + r, mask=r_in, other=0.0).to(tl.float32)[None, :]
-    place = out + (part * tokens + t)[:, None] * rows + r[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=t_in[:, None] & r_in[None, :])
+    at = t[:, None] * rows + r[None, :]
+    inside = t_in[:, None] & r_in[None, :]
+    total = finish(total, first, second, at, inside, RELU2, TERMS)
+    tl.store(out + part * tokens.to(tl.int64) * rows + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -74,13 +82,18 @@ def _add_parts_kernel(
     parts,
     bias,
     out,
+    first,
+    second,
     count,
     rows,
     PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RELU2: tl.constexpr,
+    TERMS: tl.constexpr,
     SIZE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    next_may_begin(OVERLAP)
     previous_done(OVERLAP)
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = i < count
@@ -89,11 +102,19 @@ def _add_parts_kernel(
         total += tl.load(parts + part * count + i, mask=inside, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias + i % rows, mask=inside, other=0.0).to(tl.float32)
+    total = finish(total, first, second, i, inside, RELU2, TERMS)
     tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
 
 
-def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """(tokens, in) -> (tokens, out) in `dtype`, that of x if none is given."""
+def few_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    relu2: bool = False,
+    plus: tuple[Tensor, ...] = (),
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """(tokens, in) -> (tokens, out) in `dtype`, that of x if none is given; terms as `_epilogue.fits` them."""
     tokens, inner = x.shape
     rows = weight.shape[0]
     out = torch.empty(tokens, rows, dtype=dtype or x.dtype, device=x.device)
@@ -104,13 +125,17 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch
     parts = max(1, min(8, _PROGRAMS // along, inner // (4 * _INNER)))
     per_part = triton.cdiv(triton.cdiv(inner, parts), _INNER) * _INNER
     parts = triton.cdiv(inner, per_part)
-    target = out if parts == 1 else torch.empty(parts, tokens, rows, dtype=torch.float32, device=x.device)
+    first, second = pair(plus, out)
+    whole = parts == 1
+    target = out if whole else torch.empty(parts, tokens, rows, dtype=torch.float32, device=x.device)
     with on(x):
         _stream_kernel[(along, parts)](
             x,
             weight,
             weight if bias is None else bias,
             target,
+            first,
+            second,
             tokens,
             rows,
             inner,
@@ -120,22 +145,28 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch
             max(16, triton.next_power_of_2(tokens)),
             _ROWS,
             _INNER,
-            bias is not None and parts == 1,
+            bias is not None and whole,
             x.dtype == torch.float32,
+            relu2 and whole,
+            len(plus) if whole else 0,
             num_warps=4,
             num_stages=4,
             **overlap(x),
         )
-        if parts > 1:
+        if not whole:
             count = tokens * rows
             _add_parts_kernel[(triton.cdiv(count, 256),)](
                 target,
                 weight if bias is None else bias,
                 out,
+                first,
+                second,
                 count,
                 rows,
                 parts,
                 bias is not None,
+                relu2,
+                len(plus),
                 256,
                 num_warps=1,
                 **overlap(x),
@@ -153,18 +184,24 @@ def _(x, weight, bias):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def small_batch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def small_batch_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu2: bool = False, plus: tuple[Tensor, ...] = ()
+) -> Tensor:
     """A linear map of a few tokens. Has no gradient.
 
     Args:
         x: (..., in), up to 64 rows in all, bfloat16 or float32.
         weight: (out, in), in the dtype of x.
         bias: (out,) or None.
+        relu2: return relu(...)^2.
+        plus: tensors like the result, added to it one after another, each sum rounded.
 
     Returns:
         (..., out) in the dtype of x; sums in float32, always in the same order.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    return (_linear_op if torch.compiler.is_compiling() else few_rows)(rows, weight, bias).view(
-        *x.shape[:-1], weight.shape[0]
-    )
+    rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
+    if torch.compiler.is_compiling():
+        return finished(_linear_op(rows, weight, bias).view(shape), relu2, plus)
+    if not fits(plus, x):
+        return finished(few_rows(rows, weight, bias, relu2).view(shape), False, plus)
+    return few_rows(rows, weight, bias, relu2, plus).view(shape)

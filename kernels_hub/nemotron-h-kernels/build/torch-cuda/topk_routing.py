@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._launch import as_operator, block, on
 from ._ops import add_op_namespace_prefix, ops
-from ._overlap import overlap, previous_done
+from ._overlap import next_may_begin, overlap, previous_done
 from .small_batch_linear import MOST_TOKENS, few_rows
 
 
@@ -41,6 +41,7 @@ def _route_kernel(
     slot = tl.arange(0, SLOTS)
     inside = e < experts
     steered = tl.load(bias + e, mask=inside, other=0.0)
+    next_may_begin(OVERLAP)
     previous_done(OVERLAP)
     score = tl.sigmoid(tl.load(logits + row * experts + e, mask=inside, other=0.0))
     choice = score + steered
