@@ -1,6 +1,6 @@
 """The Triton kernels against float64: in Triton's interpreter on a CPU, compiled where there is a GPU. Small shapes.
 
-The experts of many tokens, torch's grouped_mm between kernels, need a GPU: see `test_kernels_on_gpu.py`.
+The experts of a real model's many tokens need a GPU: see `test_kernels_on_gpu.py`.
 """
 
 import sys
@@ -76,6 +76,21 @@ def test_chunked_scan(
     args[7] = args[7] if with_state else None
     args.append(documents(batch, length, seed) if packed else None)
     check("ssd_chunk_scan", args, seed=seed, floors=A_CANCELS)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_gradient_of_one_output_of_the_scan(place):
+    """The other one's is zero, without anybody making it."""
+    device = "cuda" if ON_GPU else "cpu"
+    x, dt, A, B, C, D, _, state = scan_inputs(1, 70, 1, 2, P, N, SCAN_DTYPE, 0)
+    args = [t.to(device).requires_grad_() for t in (x, dt, A, B, C, D)]
+    grads = []
+    for source in ("triton", "torch"):
+        with use_kernels(source):
+            out = registry.ssd_chunk_scan(*args, 64, state.to(device))[place]
+        grads.append(torch.autograd.grad(out.float().square().sum(), args, allow_unused=True, materialize_grads=True))
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-2 if ON_GPU else 1e-4, atol=1e-2 if ON_GPU else 1e-4)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -287,6 +302,15 @@ def test_experts_of_a_prompt(check, tokens, experts, data, width, intermediate, 
     )
     assert index.numel() <= sys.modules[f"{bundle}.moe_experts"]._READING * experts
     check("moe_experts", [x, index, weights, up.bfloat16(), down.bfloat16()], grad=False)
+
+
+@few
+@given(tokens=st.integers(1, 40), experts=st.integers(2, 6), routing=st.sampled_from(["any", "one"]), seed=seeds)
+def test_experts_with_gradients(check, tokens, experts, routing, seed):
+    x, up, down, weights = normal(seed, (tokens, 16), (experts, 32, 16), (experts, 16, 32), (tokens, 2))
+    index = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)).topk(2).indices
+    index = index[:1].expand(tokens, -1) if routing == "one" else index
+    check("moe_experts", [x.bfloat16(), index, weights, up.bfloat16(), down.bfloat16()], seed=seed)
 
 
 @pytest.mark.parametrize("tokens, experts, top_k", [(300, 9, 4), (200, 40, 1), (26, 3, 3)])

@@ -139,9 +139,12 @@ def _(grad, index, weights, up, up_block_scale, up_scale, down, down_block_scale
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[1:], output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for `hidden` would be as large as it is
 
 
 def _autograd(ctx, grad, _):
+    if grad is None:
+        return (None,) * 9
     grads = ops.quantized_experts_backward(grad, *ctx.saved_tensors)
     return grads[0], None, grads[1], *(None,) * 6
 

@@ -597,10 +597,14 @@ def _(grad_y, grad_final, x, dt, A, B, C, D, initial_state, seq_idx):
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)  # the final state rarely has one
 
 
 def _autograd(ctx, grad_y, grad_final):
+    if grad_y is None and grad_final is None:
+        return (None,) * 8
     *tensors, initial_state, seq_idx = ctx.saved_tensors
+    grad_y = torch.zeros_like(tensors[0]) if grad_y is None else grad_y
     *grads, grad_initial = ops.ssd_chunk_scan_backward(grad_y, grad_final, *tensors, initial_state, seq_idx)
     return *grads, None if initial_state is None else grad_initial.to(initial_state.dtype), None
 

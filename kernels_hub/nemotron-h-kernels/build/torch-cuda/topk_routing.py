@@ -154,9 +154,12 @@ def _setup_context(ctx, inputs, output) -> None:
     logits, _, _, ctx.normalise, ctx.scale = inputs
     ctx.save_for_backward(logits, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, grad_weights, _):
+    if grad_weights is None:
+        return (None,) * 5
     logits, index = ctx.saved_tensors
     grad = ops.topk_routing_backward(grad_weights, logits, index, ctx.normalise, ctx.scale)
     return grad, None, None, None, None
