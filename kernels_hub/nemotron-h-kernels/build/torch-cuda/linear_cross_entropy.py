@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import block, on
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 
 _LOGITS_AT_ONCE = 1 << 28  # 512 MiB in bfloat16
 _BLOCK = 16384  # of the vocabulary, at most
@@ -80,8 +80,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("linear_cross_entropy"), mutates_args=())
-def _loss_op(
+@operator("linear_cross_entropy")
+def _loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -122,7 +122,7 @@ def _loss_op(
     return torch.dot(losses, counts), losses, grad_hidden, grad_weight.to(weight.dtype)
 
 
-@_loss_op.register_fake
+@_loss.register_fake
 def _(hidden, weight, targets, weights, ignore_index, chunk, for_hidden, for_weight):
     return (
         hidden.new_empty((), dtype=torch.float32),
@@ -156,7 +156,7 @@ def _autograd(ctx, grad, *_):
     )
 
 
-_loss_op.register_autograd(_autograd, setup_context=_setup_context)
+_loss.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def linear_cross_entropy(
@@ -184,4 +184,4 @@ def linear_cross_entropy(
     """
     grad = torch.is_grad_enabled()
     for_hidden, for_weight = grad and hidden.requires_grad, grad and weight.requires_grad
-    return _loss_op(hidden, weight, targets, weights, ignore_index, chunk or 0, for_hidden, for_weight)[:2]
+    return _loss(hidden, weight, targets, weights, ignore_index, chunk or 0, for_hidden, for_weight)[:2]

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import as_operator, on
-from ._ops import add_op_namespace_prefix, ops
+from ._launch import on
+from ._operator import operator
 from .grouped_experts import grouped_experts, serves
 
 # Up to here pairs rarely share an expert (512 experts, top-22), so each pair reads weights of its own.
@@ -212,16 +212,17 @@ def _many_tokens(
     return _combine(_grouped(squared, down, ends), inverse, weights, tokens, top_k, x), hidden
 
 
-@torch.library.custom_op(add_op_namespace_prefix("moe_experts"), mutates_args=())
-def _experts_op(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+@operator("moe_experts")
+def _experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return _many_tokens(x, index, weights, up, down, keep_hidden=True)
 
 
-@_experts_op.register_fake
+@_experts.register_fake
 def _(x, index, weights, up, down):
     return x.new_empty(x.shape), x.new_empty(index.shape[0] * index.shape[1], up.shape[1])
 
 
+@operator("moe_experts_inference")
 def _inference(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
     if x.shape[0] <= _FEW:
         return _few_tokens(x, index, weights, up, down)
@@ -230,18 +231,13 @@ def _inference(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tens
     return _many_tokens(x, index, weights, up, down, keep_hidden=False)[0]
 
 
-@torch.library.custom_op(add_op_namespace_prefix("moe_experts_inference"), mutates_args=())
-def _inference_op(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return _inference(x, index, weights, up, down)
-
-
-@_inference_op.register_fake
+@_inference.register_fake
 def _(x, index, weights, up, down):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("moe_experts_backward"), mutates_args=())
-def _experts_backward_op(
+@operator("moe_experts_backward")
+def _experts_backward(
     grad: Tensor, x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, top_k = index.shape
@@ -272,7 +268,7 @@ def _experts_backward_op(
     return grad_x, grad_weights.view_as(weights), grad_up, grad_down
 
 
-@_experts_backward_op.register_fake
+@_experts_backward.register_fake
 def _(grad, x, index, weights, up, down, hidden):
     return x.new_empty(x.shape), weights.new_empty(weights.shape), torch.empty_like(up), torch.empty_like(down)
 
@@ -287,11 +283,11 @@ def _autograd(ctx, grad, _):
     if grad is None:
         return (None,) * 5
     x, index, weights, up, down, hidden = ctx.saved_tensors
-    grad_x, grad_weights, grad_up, grad_down = ops.moe_experts_backward(grad, x, index, weights, up, down, hidden)
+    grad_x, grad_weights, grad_up, grad_down = _experts_backward(grad, x, index, weights, up, down, hidden)
     return grad_x, None, grad_weights, grad_up, grad_down
 
 
-_experts_op.register_autograd(_autograd, setup_context=_setup_context)
+_experts.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def moe_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -308,5 +304,5 @@ def moe_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Ten
         (tokens, width) in the dtype of x; the sum over experts is taken in float32.
     """
     if torch.is_grad_enabled():
-        return _experts_op(x, index, weights, up, down)[0]
-    return (_inference_op if as_operator() else _inference)(x, index, weights, up, down)
+        return _experts(x, index, weights, up, down)[0]
+    return _inference(x, index, weights, up, down)

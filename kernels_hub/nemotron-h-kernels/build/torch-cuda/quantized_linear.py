@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import as_operator, rows_of
-from ._ops import add_op_namespace_prefix, ops
+from ._launch import rows_of
+from ._operator import operator
 from ._packed import FEW, Packed, few, in_pairs, shape_of, stream, tiles, unpack
 
 _IN_TILES = 64
 
 
+@operator("quantized_linear")
 def _linear(x: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
     packed: Packed = (weight, None if block_scale is None else block_scale.view(torch.uint8), scale)
     rows = rows_of(x)
@@ -30,22 +31,17 @@ def _linear(x: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-@torch.library.custom_op(add_op_namespace_prefix("quantized_linear"), mutates_args=())
-def _linear_op(x: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
-    return _linear(x, weight, block_scale, scale)
-
-
-@_linear_op.register_fake
+@_linear.register_fake
 def _(x, weight, block_scale, scale):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op(add_op_namespace_prefix("quantized_linear_backward"), mutates_args=())
-def _backward_op(grad: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
+@operator("quantized_linear_backward")
+def _backward(grad: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
     return grad @ unpack((weight, None if block_scale is None else block_scale.view(torch.uint8), scale), grad.dtype)
 
 
-@_backward_op.register_fake
+@_backward.register_fake
 def _(grad, weight, block_scale, scale):
     return grad.new_empty(*grad.shape[:-1], shape_of((weight, block_scale, scale))[1])
 
@@ -55,10 +51,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad):
-    return ops.quantized_linear_backward(grad, *ctx.saved_tensors), None, None, None
+    return _backward(grad, *ctx.saved_tensors), None, None, None
 
 
-_linear_op.register_autograd(_autograd, setup_context=_setup_context)
+_linear.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def nvfp4_linear(x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor) -> Tensor:
@@ -71,7 +67,7 @@ def nvfp4_linear(x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor)
     Returns:
         (..., out) in the dtype of x.
     """
-    return (_linear_op if as_operator() else _linear)(x, packed, scale, global_scale)
+    return _linear(x, packed, scale, global_scale)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -84,4 +80,4 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     Returns:
         (..., out) in the dtype of x.
     """
-    return (_linear_op if as_operator() else _linear)(x, weight, None, scale)
+    return _linear(x, weight, None, scale)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import block, on
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 
 _ROWS = 16  # of the state a program advances, as for one token
 _CHANNELS = 128
@@ -131,6 +131,7 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+@operator("causal_conv1d_replay", mutates_args=("state",))
 def _conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settled: int) -> Tensor:
     batch, tokens, channels = x.shape
     kernel = weight.shape[1]
@@ -160,6 +161,7 @@ def _conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settled
     return out
 
 
+@operator("selective_state_replay", mutates_args=("state",))
 def _state(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, settled: int) -> Tensor:
     batch, tokens, heads, head_dim = x.shape
     state_size = state.shape[3]
@@ -196,24 +198,12 @@ def _state(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
     return y
 
 
-@torch.library.custom_op(add_op_namespace_prefix("causal_conv1d_replay"), mutates_args={"state"})
-def _conv_op(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settled: int) -> Tensor:
-    return _conv(state, x, weight, bias, settled)
-
-
-@_conv_op.register_fake
+@_conv.register_fake
 def _(state, x, weight, bias, settled):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("selective_state_replay"), mutates_args={"state"})
-def _state_op(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, settled: int
-) -> Tensor:
-    return _state(state, x, dt, A, B, C, D, settled)
-
-
-@_state_op.register_fake
+@_state.register_fake
 def _(state, x, dt, A, B, C, D, settled):
     return x.new_empty(x.shape)
 
@@ -233,7 +223,7 @@ def causal_conv1d_replay(
     Returns:
         (batch, tokens, channels) in the dtype of x.
     """
-    return (_conv_op if torch.compiler.is_compiling() else _conv)(state, x, weight, bias, settled)
+    return _conv(state, x, weight, bias, settled)
 
 
 def selective_state_replay(
@@ -254,4 +244,4 @@ def selective_state_replay(
     Returns:
         (batch, tokens, heads, head_dim) in the dtype of x.
     """
-    return (_state_op if torch.compiler.is_compiling() else _state)(state, x, dt, A, B, C, D, settled)
+    return _state(state, x, dt, A, B, C, D, settled)

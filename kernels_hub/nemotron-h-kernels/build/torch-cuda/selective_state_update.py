@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import block, on
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 
 _ROWS = 16  # of the state a program advances: small enough for hundreds of programs at batch 1
 
@@ -66,6 +66,7 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+@operator("selective_state_update", mutates_args=("state",))
 def _update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     batch, heads, head_dim, state_size = state.shape
     x, dt, B, C = _dense(x), _dense(dt), _dense(B), _dense(C)
@@ -101,12 +102,7 @@ def _update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tenso
     return y
 
 
-@torch.library.custom_op(add_op_namespace_prefix("selective_state_update"), mutates_args={"state"})
-def _update_op(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    return _update(state, x, dt, A, B, C, D)
-
-
-@_update_op.register_fake
+@_update.register_fake
 def _(state, x, dt, A, B, C, D):
     return x.new_empty(x.shape)
 
@@ -125,4 +121,4 @@ def selective_state_update(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: T
     Returns:
         y: (batch, heads, head_dim) in the dtype of x.
     """
-    return (_update_op if torch.compiler.is_compiling() else _update)(state, x, dt, A, B, C, D)
+    return _update(state, x, dt, A, B, C, D)

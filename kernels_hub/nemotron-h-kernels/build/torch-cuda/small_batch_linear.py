@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import on
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 
 MOST_TOKENS = 64
 _ROWS, _INNER = 32, 128  # of the weight: a program's tile
@@ -76,6 +76,7 @@ def _add_parts_kernel(parts, bias, out, count, rows, PARTS: tl.constexpr, HAS_BI
     tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
 
 
+@operator("small_batch_linear")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     tokens, inner = x.shape
     rows = weight.shape[0]
@@ -116,12 +117,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-@torch.library.custom_op(add_op_namespace_prefix("small_batch_linear"), mutates_args=())
-def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _linear(x, weight, bias)
-
-
-@_linear_op.register_fake
+@_linear.register_fake
 def _(x, weight, bias):
     return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -138,6 +134,4 @@ def small_batch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         (..., out) in the dtype of x; sums in float32, always in the same order.
     """
     rows = x.reshape(-1, x.shape[-1])
-    return (_linear_op if torch.compiler.is_compiling() else _linear)(rows, weight, bias).view(
-        *x.shape[:-1], weight.shape[0]
-    )
+    return _linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
