@@ -469,6 +469,40 @@ def test_cross_entropy_makes_no_gradient_that_nobody_wants(check, frozen):
     assert [bool(g.numel()) for g in grads] == flags
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_cross_entropy_differentiated_again(dtype, factor):
+    """Every backward of a kept graph gives the same, whatever was done with what an earlier one gave."""
+    device = "cuda" if ON_GPU else "cpu"
+    hidden, weight = (t.to(device).requires_grad_() for t in normal(0, (5, 8), (5000, 8), dtype=dtype))
+    targets = torch.tensor([3, -100, 69, 0, 4999], device=device)
+
+    def loss():
+        with use_kernels("triton"):
+            return factor * registry.linear_cross_entropy(hidden, weight, targets)[0]
+
+    expected = torch.autograd.grad(loss(), (hidden, weight))
+    kept = loss()
+    for number in range(1, 4):
+        kept.backward(retain_graph=number < 3)
+        for leaf, once in zip((hidden, weight), expected, strict=True):
+            torch.testing.assert_close(leaf.grad, number * once, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        kept.backward()
+
+
+@pytest.mark.skipif(ON_GPU, reason="looks at the host's allocations")
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_cross_entropy_gives_the_gradient_where_it_was_made(factor):
+    hidden, weight = (t.requires_grad_() for t in normal(0, (5, 8), (5000, 8)))
+    with use_kernels("triton"):
+        loss = factor * registry.linear_cross_entropy(hidden, weight, torch.tensor([3, -100, 69, 0, 4999]))[0]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss.backward()
+    taken = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(taken, default=0) < weight.nbytes
+
+
 def test_targets_and_logits_that_are_no_numbers():
     """A loss that cannot be right is not a number; a target outside of the vocabulary reads nothing."""
     device = "cuda" if ON_GPU else "cpu"
