@@ -11,6 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from nemotron_super.kernels_hub import registry
 from nemotron_super.kernels_hub.registry import topk_routing, use_kernels
+from transformers.activations import ACT2FN
 
 DTYPES = [torch.float32, torch.bfloat16]
 # The gradient of A is one number a head, a sum over all positions whose terms cancel: rounding decides its last digits.
@@ -417,6 +418,30 @@ def test_norm_with_residual(check, lead, width, size, dtype, seed):
 
 @some
 @given(
+    shape=st.lists(st.integers(0, 9), max_size=3),
+    wide=st.booleans(),
+    size=st.sampled_from([1e-20, 1.0, 1e15]),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_relu_squared(check, shape, wide, size, dtype, seed):
+    (x,) = normal(seed, (*shape, 515) if wide else shape)
+    check("relu_squared", [(x * size).to(dtype)], seed=seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu_squared_has_the_bits_of_torch(dtype):
+    device = "cuda" if ON_GPU else "cpu"
+    (x,) = (t.to(device) for t in normal(0, (40, 64), dtype=dtype))
+    x[0, :5] = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 1e30])
+    with torch.no_grad(), use_kernels("triton"):
+        for laid_out in (x, x.t(), x[:, 3:50]):
+            assert torch.equal(registry.relu_squared(laid_out), ACT2FN["relu2"](laid_out))
+        assert registry.relu_squared(torch.full_like(x, float("nan"))).isnan().all()
+
+
+@some
+@given(
     tokens=st.sampled_from([1, 2, 15, 16, 17, 64]),
     width=st.sampled_from([1, 40, 128, 513, 2048]),
     rows=st.sampled_from([1, 7, 32, 70]),
@@ -560,6 +585,7 @@ def test_operator_registration(grad):
     torch.library.opcheck(ops.rms_norm.default, (leaf(3, 8), leaf(3, 8), leaf(8), 1e-5, 4))
     torch.library.opcheck(ops.rms_norm.default, (leaf(3, 8), None, leaf(8), 1e-5, 8))
     torch.library.opcheck(ops.topk_routing.default, (leaf(3, 8), torch.zeros(8, device=device), 2, True, 2.0))
+    torch.library.opcheck(ops.relu_squared.default, (leaf(3, 8),))
     torch.library.opcheck(ops.add_rms_norm.default, (leaf(3, 8), leaf(3, 8), leaf(8), 1e-5))
     targets = torch.tensor([1, -100, 4], device=device)
     counts = torch.rand(3, device=device)

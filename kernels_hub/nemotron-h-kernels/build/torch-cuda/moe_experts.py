@@ -20,6 +20,7 @@ from torch import Tensor
 from ._launch import on
 from ._operator import operator
 from .grouped_experts import grouped_experts, serves
+from .relu_squared import relu_squared_into
 
 # Up to here pairs rarely share an expert (512 experts, top-22), so each pair reads weights of its own.
 _FEW = 16
@@ -95,13 +96,6 @@ def _combine_kernel(
             value = value * tl.load(weights + pair)
         total += value
     tl.store(out + token * width + c, total.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _relu_squared_kernel(x, out, count, SIZE: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    value = tl.maximum(tl.load(x + i, mask=i < count, other=0.0).to(tl.float32), 0.0)
-    tl.store(out + i, (value * value).to(out.dtype.element_ty), mask=i < count)
 
 
 @triton.jit
@@ -194,21 +188,13 @@ def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
 
 
-def _relu_squared(x: Tensor, out: Tensor) -> Tensor:
-    count = x.numel()
-    if count:
-        with on(x):
-            _relu_squared_kernel[(triton.cdiv(count, 4096),)](x, out, count, 4096, num_warps=8)
-    return out
-
-
 def _many_tokens(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, keep_hidden: bool
 ) -> tuple[Tensor, Tensor]:
     tokens, top_k = index.shape
     order, inverse, ends = _sorted_pairs(index, up.shape[0])
     hidden = _grouped(x[order // top_k], up, ends)
-    squared = _relu_squared(hidden, torch.empty_like(hidden) if keep_hidden else hidden)
+    squared = relu_squared_into(hidden, torch.empty_like(hidden) if keep_hidden else hidden)
     return _combine(_grouped(squared, down, ends), inverse, weights, tokens, top_k, x), hidden
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from ._launch import on
 from ._operator import operator
 from ._packed import Packed, in_pairs, shape_of, stream, tiles
-from .moe_experts import _between_products_kernel, _combine, _relu_squared, _sorted_pairs
+from .moe_experts import _between_products_kernel, _combine, _sorted_pairs
+from .relu_squared import relu_squared_into
 
 # Tokens up to which every pair reads weights of its own, by the bits of these: for more, a block of each expert's pairs is faster.
 _FEW = {4: 32, 8: 20}
@@ -44,7 +45,7 @@ def _many_tokens(
     order, inverse, ends = _sorted_pairs(index, up[0].shape[0])
     size = _block(index.numel(), up[0].shape[0])
     hidden = tiles(x.contiguous(), up, (order, ends, top_k, size), gather=True, relu2=not keep_hidden)
-    squared = _relu_squared(hidden, torch.empty_like(hidden)) if keep_hidden else hidden
+    squared = relu_squared_into(hidden, torch.empty_like(hidden)) if keep_hidden else hidden
     y = tiles(squared, down, (order, ends, 1, size))
     return _combine(y, inverse, weights, tokens, top_k, x), hidden
 
