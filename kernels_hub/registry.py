@@ -41,6 +41,7 @@ from .reference.quantized_experts import fp8_experts as _fp8_experts
 from .reference.quantized_experts import nvfp4_experts as _nvfp4_experts
 from .reference.quantized_linear import fp8_linear as _fp8_linear
 from .reference.quantized_linear import nvfp4_linear as _nvfp4_linear
+from .reference.relu_squared import relu_squared as _relu_squared
 from .reference.replay import causal_conv1d_replay as _causal_conv1d_replay
 from .reference.replay import selective_state_replay as _selective_state_replay
 from .reference.rms_norm import gated_rms_norm as _gated_rms_norm
@@ -262,6 +263,10 @@ def _small_linear_limits(
     return _dtype_of("x", x)
 
 
+def _relu_squared_limits(x: Tensor) -> str | None:
+    return _dtype_of("x", x)
+
+
 def _cross_entropy_limits(
     hidden: Tensor,
     weight: Tensor,
@@ -343,6 +348,7 @@ fp8_linear = Op("fp8_linear", _fp8_linear, _fp8_linear_limits)
 nvfp4_experts = Op("nvfp4_experts", _nvfp4_experts, _packed_experts_limits)
 fp8_experts = Op("fp8_experts", _fp8_experts, _packed_experts_limits)
 linear_cross_entropy = Op("linear_cross_entropy", _linear_cross_entropy, _cross_entropy_limits)
+relu_squared = Op("relu_squared", _relu_squared, _relu_squared_limits)
 small_batch_linear = Op("small_batch_linear", _small_batch_linear, _small_linear_limits)
 # Made of other ops: where these kernels do not serve, what serves those does.
 causal_conv1d_replay = Op(
@@ -367,6 +373,7 @@ OPS: dict[str, Op] = {
         moe_experts,
         *(nvfp4_linear, fp8_linear, nvfp4_experts, fp8_experts),
         linear_cross_entropy,
+        relu_squared,
         small_batch_linear,
         causal_conv1d_replay,
         selective_state_replay,
@@ -546,6 +553,7 @@ def _example(op: str, device: torch.device, dtype: torch.dtype) -> tuple:
             (t(8, 16, 32, dtype=fp8), t(8, dtype=real)),
         ),
         "linear_cross_entropy": (t(2, 16), t(32, 16), t(2, dtype=torch.int64)),
+        "relu_squared": (t(2, 16),),
         "small_batch_linear": (t(2, 16), t(8, 16)),
         "causal_conv1d_replay": (t(1, 16, 4), t(1, 3, 16), t(16, 4)),
         "selective_state_replay": (

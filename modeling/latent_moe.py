@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 from ..kernels_hub.registry import moe_experts, router_logits, topk_routing
 from .linear import NemotronHLinear, product_of
-from .mlp import NemotronHMLP
+from .mlp import NemotronHMLP, ReLUSquared
 
 
 class NemotronHTopkRouter(nn.Module):
@@ -75,7 +74,7 @@ class NemotronHExperts(nn.Module):
         self.num_experts = config.n_routed_experts
         self.up_proj = nn.Parameter(torch.empty(self.num_experts, config.moe_intermediate_size, width))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, config.moe_intermediate_size))
-        self.act_fn = ACT2FN[config.mlp_hidden_act]
+        self.act_fn = ReLUSquared()
         if config.mlp_hidden_act != "relu2":
             raise ValueError(f"`mlp_hidden_act` is {config.mlp_hidden_act!r}: routed experts know 'relu2' only.")
 

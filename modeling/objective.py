@@ -75,25 +75,25 @@ def training_objective(
         items = torch.where(sums > 0, sums, torch.ones_like(sums))
     else:
         items = torch.as_tensor(num_items_in_batch, device=hidden_states.device).to(work).expand(len(states))
-    # Relative to the first term's normaliser, by which the sum is divided: gradients of the logits stay of the order of 1.
-    relative = [w * (share * items[0] / n) for w, share, n in zip(weights, shares, items, strict=True)]
+    # All that a token's loss counts, so that nothing is left for the backward to multiply the head's gradient by.
+    counted = [w * (share / n) for w, share, n in zip(weights, shares, items, strict=True)]
 
     losses: list[Tensor | None] = [
         None if whole is None else F.cross_entropy(whole.flatten(0, 1).float(), t, ignore_index=-100, reduction="none")
         for whole, t in zip(given, targets, strict=True)
     ]
-    total = sum((one * w).sum() for one, w in zip(losses, relative, strict=True) if one is not None)
+    total = sum((one * w).sum() for one, w in zip(losses, counted, strict=True) if one is not None)
     rest = [k for k, one in enumerate(losses) if one is None]
     if rest:
         together, *joined = (
-            torch.cat([part[k] for k in rest]) for part in ([s.flatten(0, 1) for s in states], targets, relative)
+            torch.cat([part[k] for k in rest]) for part in ([s.flatten(0, 1) for s in states], targets, counted)
         )
         summed, each = _weighted_losses(head, together, *joined)
         total = total + summed
         for k, one in zip(rest, each.split(targets[0].numel()), strict=True):
             losses[k] = one
     terms = [(one.detach() * w).sum() / n for one, w, n in zip(losses, weights, items, strict=True) if one is not None]
-    return Objective(total / items[0], terms[0], torch.stack(terms[1:]).mean() if ahead else None)
+    return Objective(total, terms[0], torch.stack(terms[1:]).mean() if ahead else None)
 
 
 def _weighted_losses(

@@ -120,8 +120,7 @@ def linear_cross_entropy(
         hidden: (tokens, width).
         weight: (vocab, width), in the dtype of `hidden`.
         targets: (tokens,) int64; where it is `ignore_index` there is nothing to predict.
-        weights: (tokens,), what each token's loss counts, without a gradient; by default 1. The gradient of the logits is rounded
-            to the dtype of `hidden` with them: for float16 they should be of the order of 1, and a mean be taken outside.
+        weights: (tokens,), what each token's loss counts, without a gradient; by default 1.
         chunk: tokens whose logits are held at once; by default what fits in 2^25 logits (2^28 on a GPU).
 
     Returns:
@@ -139,13 +138,18 @@ def linear_cross_entropy(
     for name, given in (("targets", targets), ("weights", weights)):
         if given is not None and given.shape != hidden.shape[:1]:
             raise ValueError(f"`{name}` has shape {tuple(given.shape)}, expected {tuple(hidden.shape[:1])}.")
-    grad = torch.is_grad_enabled()
+    grad, unit = torch.is_grad_enabled(), None
     if grad and weights is not None and weights.requires_grad:
         raise ValueError(
             "`weights` require a gradient, and get none here: detach them, or weigh losses made from logits."
         )
     if chunk is None:
         chunk = max(1, _LOGITS_AT_ONCE.get(hidden.device.type, _LOGITS_AT_ONCE["cuda"]) // weight.shape[0])
+    if weights is not None and hidden.dtype == torch.float16 and weights.numel():
+        # The logits' gradient is rounded with the weights. Where they are small, as in a mean, float16 would lose most of it.
+        weights = weights.float()
+        unit = weights.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        weights = weights / unit
     loss, losses, _, _ = _loss_op(
         hidden,
         weight,
@@ -156,4 +160,4 @@ def linear_cross_entropy(
         grad and hidden.requires_grad,
         grad and weight.requires_grad,
     )
-    return loss, losses
+    return loss if unit is None else loss * unit, losses

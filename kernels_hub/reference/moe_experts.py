@@ -134,9 +134,13 @@ def _(grad, x, index, weights, up, down, hidden):
 def _setup_context(ctx, inputs, output) -> None:
     x, index, weights, up, down = inputs
     ctx.save_for_backward(x, index, weights, up, down, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for `hidden` would be as large as it is
 
 
 def _autograd(ctx, grad, _):
+    if grad is None:
+        return (None,) * 5
     x, index, weights, up, down, hidden = ctx.saved_tensors
     grad_x, grad_weights, grad_up, grad_down = torch.ops.nemotron_super.moe_experts_backward(
         grad, x, index, weights, up, down, hidden

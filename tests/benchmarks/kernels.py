@@ -189,6 +189,10 @@ def cases() -> list[tuple]:
             False,
         )
     )
+    build = lambda: (rand(n, 2 * INNER),)  # noqa: E731
+    found.append(
+        ("relu_squared", f"{n} fwd+bwd", build, with_backward(r.relu_squared), 10 * n * INNER * BF16, 0, 6, False)
+    )
     moved = n * (4 * HEADS * HEAD_DIM + 6 * GROUPS * STATE) * BF16
     flops = 3 * 2 * n * HEADS * (64 * STATE + 64 * HEAD_DIM + 2 * HEAD_DIM * STATE)
     found.append(

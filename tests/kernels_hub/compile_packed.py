@@ -52,16 +52,34 @@ def main() -> None:
         words, assembly = "*i64", bits == 4 or capability == 90
         types = {"x": "*i32", "which": words, "weight": words, "block_scale": "*u8", "scale": "*fp32"}
         types |= {"rows": "i32", "word_pairs": "i32", "blocks_each": "i32"}
-        constants = {"SHARED": 22, "STACKED": True, "BITS": bits, "RELU2": True, "ASSEMBLY": assembly}
+        overlap = {"OVERLAP": capability == 90}
+        constants = {
+            "SHARED": 22,
+            "STACKED": True,
+            "BITS": bits,
+            "RELU2": True,
+            "TERMS": 0,
+            "ASSEMBLY": assembly,
+        } | overlap
         for parts, block_rows, step in ((0, 8, 128), (1, 16, 64), (3, 16, 64)):
-            sizes = {"PARTS": parts, "R": block_rows, "W": step, "RELU2": parts == 1}
-            out = {"out": "*fp32" if parts > 1 else "*bf16"}
+            sizes = {"PARTS": parts, "R": block_rows, "W": step, "RELU2": parts == 1, "KNOWN": parts != 1}
+            sizes |= {"TERMS": 0 if parts else 2, "STACKED": parts > 0}
+            out = dict.fromkeys(("out", "first_term", "second_term"), "*fp32" if parts > 1 else "*bf16")
             cases[f"stream {bits} {capability} {parts} parts"] = compiled(
                 packed._stream_kernel, types | out, constants | sizes, capability, num_warps=4
             )
         types = {"x": "*i32" if bits == 4 else "*bf16", "weight": "*u8", "block_scale": "*u8", "scale": "*fp32"}
-        types |= {"out": "*fp32", "vectors": "i32", "rows": "i32", "row_bytes": "i32", "stretch": "i32"}
-        constants = {"BITS": bits, "ASSEMBLY": assembly, "M": 8, "N": 32, "K": 128}
+        types |= dict.fromkeys(("out", "first_term", "second_term"), "*fp32")
+        types |= {"vectors": "i32", "rows": "i32", "row_bytes": "i32", "stretch": "i32"}
+        constants = {
+            "BITS": bits,
+            "RELU2": False,
+            "TERMS": 0,
+            "ASSEMBLY": assembly,
+            "M": 8,
+            "N": 32,
+            "K": 128,
+        } | overlap
         cases[f"few {bits} {capability}"] = compiled(
             packed._few_kernel, types, constants, capability, num_warps=2, num_stages=4
         )

@@ -173,7 +173,15 @@ if DEVICE == "cpu":
 
 
 def _exact(value):
+    if isinstance(value, tuple):
+        return tuple(_exact(each) for each in value)
     return value.detach().double() if torch.is_tensor(value) and value.is_floating_point() else value
+
+
+def _on_device(value):
+    if isinstance(value, tuple):
+        return tuple(_on_device(each) for each in value)
+    return value.to(DEVICE) if torch.is_tensor(value) else value
 
 
 def _run(op, source, args, grad, seed, in_place=0, constant=()):
@@ -205,7 +213,7 @@ def check():
 
     def compare(name, args, grad=True, in_place=0, seed=0, floors=None, constant=()):
         op = getattr(registry, name)
-        args = [a.to(DEVICE) if torch.is_tensor(a) else a for a in args]
+        args = [_on_device(a) for a in args]
         found = _run(op, "triton", args, grad, seed, in_place, constant)
         same = _run(op, "torch", args, grad, seed, in_place, constant)
         exact = _run(op, "torch", [_exact(a) for a in args], grad, seed, in_place, constant)

@@ -156,6 +156,8 @@ def test_norm_with_residual(check, dtype, rows):
 def test_linear_map_of_few_tokens(check, tokens, out, width):
     args = [normal(tokens, width), normal(out, width, scale=0.02), normal(out)]
     check("small_batch_linear", args, grad=False)
+    check("small_batch_linear", [*args, True], grad=False)
+    check("small_batch_linear", [*args, False, (normal(tokens, out), normal(tokens, out))], grad=False)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

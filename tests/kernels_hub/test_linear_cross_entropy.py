@@ -79,6 +79,19 @@ def test_low_precision(dtype):
             assert (a.double() - b).norm() <= 2 * torch.finfo(dtype).eps * b.norm()
 
 
+def test_float16_keeps_the_small_gradients_of_a_mean():
+    """Loss scaling comes after the logits' gradient is rounded, and could not bring back what that lost."""
+    hidden, weight, targets, upstream = make_inputs(300, 32, 64, torch.float16)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected = torch.autograd.grad(plain(*exact, targets), exact, upstream)
+    total, _ = linear_cross_entropy(hidden, weight, targets, (upstream / 2**20).float())
+    grads = torch.autograd.grad(2**20 * total, (hidden, weight))
+    for a, b in zip(grads, expected, strict=True):
+        assert (a.double() - b).norm() <= 2 * torch.finfo(torch.float16).eps * b.norm()
+    total, _ = linear_cross_entropy(hidden, weight, targets, torch.zeros(300))
+    assert total == 0 and not any(grad.any() for grad in torch.autograd.grad(total, (hidden, weight)))
+
+
 def largest_allocation(function) -> int:
     """Bytes of the largest single allocation while `function` runs."""
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nemotron_super.kernels_hub.reference import moe_experts as module
 from nemotron_super.kernels_hub.reference.moe_experts import moe_experts
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def loop(x, index, weights, up, down):
@@ -90,6 +91,26 @@ def test_low_precision(tokens, grad):
         for leaf, a, b in zip(leaves, grads, torch.autograd.grad(expected.sum(), exact_leaves), strict=True):
             assert a.dtype == leaf.dtype
             assert (a - b).norm() <= rounding * b.norm()
+
+
+class Zeros(TorchDispatchMode):
+    """Shapes of the zeros that are made while it is entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.zeros.default:
+            self.shapes.append(tuple(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_gradient_is_made_up_for_what_the_backward_keeps():
+    out = moe_experts(*make_inputs(9, 2, 5, 6, 4))
+    with Zeros() as zeros:
+        out.sum().backward()
+    assert (18, 4) not in zeros.shapes
 
 
 @pytest.mark.parametrize("tokens", [1, 7])

@@ -68,6 +68,8 @@ def test_linear(name, rows, width, tokens):
         leaf = x.clone().requires_grad_()
         with use_kernels(source), torch.no_grad():
             plain = op(x, *packed)
+            followed = op(x, *packed, False, (x[:, :1].expand(-1, rows), plain))
+        torch.testing.assert_close(followed, plain + (x[:, :1] + plain), rtol=1e-2, atol=1e-2)
         with use_kernels(source):
             out = op(leaf, *packed)
         assert torch.equal(out, plain)

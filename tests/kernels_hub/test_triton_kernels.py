@@ -1,6 +1,6 @@
 """The Triton kernels against float64: in Triton's interpreter on a CPU, compiled where there is a GPU. Small shapes.
 
-The experts of many tokens, torch's grouped_mm between kernels, need a GPU: see `test_kernels_on_gpu.py`.
+The experts of a real model's many tokens need a GPU: see `test_kernels_on_gpu.py`.
 """
 
 import sys
@@ -11,11 +11,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from nemotron_super.kernels_hub import registry
 from nemotron_super.kernels_hub.registry import topk_routing, use_kernels
+from transformers.activations import ACT2FN
 
 DTYPES = [torch.float32, torch.bfloat16]
 # The gradient of A is one number a head, a sum over all positions whose terms cancel: rounding decides its last digits.
 A_CANCELS = {4: 1e-4}
 ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
 # Shrinking a failure takes the interpreter minutes.
 phases = (Phase.explicit, Phase.generate)
 # Compiled, the scan serves one size in bfloat16; interpreted, any up to it, in float32 too.
@@ -76,6 +78,21 @@ def test_chunked_scan(
     args[7] = args[7] if with_state else None
     args.append(documents(batch, length, seed) if packed else None)
     check("ssd_chunk_scan", args, seed=seed, floors=A_CANCELS)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_gradient_of_one_output_of_the_scan(place):
+    """The other one's is zero, without anybody making it."""
+    device = "cuda" if ON_GPU else "cpu"
+    x, dt, A, B, C, D, _, state = scan_inputs(1, 70, 1, 2, P, N, SCAN_DTYPE, 0)
+    args = [t.to(device).requires_grad_() for t in (x, dt, A, B, C, D)]
+    grads = []
+    for source in ("triton", "torch"):
+        with use_kernels(source):
+            out = registry.ssd_chunk_scan(*args, 64, state.to(device))[place]
+        grads.append(torch.autograd.grad(out.float().square().sum(), args, allow_unused=True, materialize_grads=True))
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-2 if ON_GPU else 1e-4, atol=1e-2 if ON_GPU else 1e-4)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -301,6 +318,15 @@ def test_experts_of_a_prompt(check, tokens, experts, data, width, intermediate, 
     check("moe_experts", [x, index, weights, up.bfloat16(), down.bfloat16()], grad=False)
 
 
+@few
+@given(tokens=st.integers(1, 40), experts=st.integers(2, 6), routing=st.sampled_from(["any", "one"]), seed=seeds)
+def test_experts_with_gradients(check, tokens, experts, routing, seed):
+    x, up, down, weights = normal(seed, (tokens, 16), (experts, 32, 16), (experts, 16, 32), (tokens, 2))
+    index = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)).topk(2).indices
+    index = index[:1].expand(tokens, -1) if routing == "one" else index
+    check("moe_experts", [x.bfloat16(), index, weights, up.bfloat16(), down.bfloat16()], seed=seed)
+
+
 @pytest.mark.parametrize("tokens, experts, top_k", [(300, 9, 4), (200, 40, 1), (26, 3, 3)])
 def test_pairs_are_placed_by_expert_in_order(tokens, experts, top_k):
     """Against a stable sort; the blocks are as long as may be, and hold every row once."""
@@ -409,16 +435,56 @@ def test_norm_with_residual(check, lead, width, size, dtype, seed):
 
 @some
 @given(
+    shape=st.lists(st.integers(0, 9), max_size=3),
+    wide=st.booleans(),
+    size=st.sampled_from([1e-20, 1.0, 1e15]),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_relu_squared(check, shape, wide, size, dtype, seed):
+    (x,) = normal(seed, (*shape, 515) if wide else shape)
+    check("relu_squared", [(x * size).to(dtype)], seed=seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu_squared_has_the_bits_of_torch(dtype):
+    device = "cuda" if ON_GPU else "cpu"
+    (x,) = (t.to(device) for t in normal(0, (40, 64), dtype=dtype))
+    x[0, :5] = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 1e30])
+    with torch.no_grad(), use_kernels("triton"):
+        for laid_out in (x, x.t(), x[:, 3:50]):
+            assert torch.equal(registry.relu_squared(laid_out), ACT2FN["relu2"](laid_out))
+        assert registry.relu_squared(torch.full_like(x, float("nan"))).isnan().all()
+
+
+@some
+@given(
     tokens=st.sampled_from([1, 2, 15, 16, 17, 64]),
     width=st.sampled_from([1, 40, 128, 513, 2048]),
     rows=st.sampled_from([1, 7, 32, 70]),
     with_bias=st.booleans(),
+    relu2=st.booleans(),
+    terms=st.integers(0, 3),
     dtype=st.sampled_from(DTYPES),
     seed=seeds,
 )
-def test_linear_map_of_few_tokens(check, tokens, width, rows, with_bias, dtype, seed):
+def test_linear_map_of_few_tokens(check, tokens, width, rows, with_bias, relu2, terms, dtype, seed):
     x, weight, bias = normal(seed, (tokens, width), (rows, width), (rows,), dtype=dtype)
-    check("small_batch_linear", [x, weight, bias if with_bias else None], grad=False)
+    plus = tuple(normal(seed + 1, *[(tokens, rows)] * terms, dtype=dtype)) if terms > 1 else ()
+    check("small_batch_linear", [x, weight, bias if with_bias else None, relu2, plus], grad=False)
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("width", [40, 2048])
+def test_terms_are_added_as_in_kernels_of_their_own(width, terms):
+    x, weight, *plus = normal(0, (3, width), (70, width), *[(3, 70)] * terms, dtype=torch.bfloat16)
+    with use_kernels("triton"), torch.no_grad():
+        expected = registry.small_batch_linear(x.to(DEVICE), weight.to(DEVICE))
+        plus = tuple(t.to(DEVICE) for t in plus)
+        found = registry.small_batch_linear(x.to(DEVICE), weight.to(DEVICE), plus=plus)
+    for term in plus:
+        expected = term + expected
+    assert torch.equal(found, expected)
 
 
 @some
@@ -459,6 +525,40 @@ def test_cross_entropy_makes_no_gradient_that_nobody_wants(check, frozen):
     flags = [place not in frozen for place in (0, 1)]
     _, _, *grads = ops.linear_cross_entropy(*(t.to(device) for t in (hidden, weight, targets)), None, -100, 2, *flags)
     assert [bool(g.numel()) for g in grads] == flags
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_cross_entropy_differentiated_again(dtype, factor):
+    """Every backward of a kept graph gives the same, whatever was done with what an earlier one gave."""
+    device = "cuda" if ON_GPU else "cpu"
+    hidden, weight = (t.to(device).requires_grad_() for t in normal(0, (5, 8), (5000, 8), dtype=dtype))
+    targets = torch.tensor([3, -100, 69, 0, 4999], device=device)
+
+    def loss():
+        with use_kernels("triton"):
+            return factor * registry.linear_cross_entropy(hidden, weight, targets)[0]
+
+    expected = torch.autograd.grad(loss(), (hidden, weight))
+    kept = loss()
+    for number in range(1, 4):
+        kept.backward(retain_graph=number < 3)
+        for leaf, once in zip((hidden, weight), expected, strict=True):
+            torch.testing.assert_close(leaf.grad, number * once, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        kept.backward()
+
+
+@pytest.mark.skipif(ON_GPU, reason="looks at the host's allocations")
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_cross_entropy_gives_the_gradient_where_it_was_made(factor):
+    hidden, weight = (t.requires_grad_() for t in normal(0, (5, 8), (5000, 8)))
+    with use_kernels("triton"):
+        loss = factor * registry.linear_cross_entropy(hidden, weight, torch.tensor([3, -100, 69, 0, 4999]))[0]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss.backward()
+    taken = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(taken, default=0) < weight.nbytes
 
 
 def test_targets_and_logits_that_are_no_numbers():
@@ -518,6 +618,7 @@ def test_operator_registration(grad):
     torch.library.opcheck(ops.rms_norm.default, (leaf(3, 8), leaf(3, 8), leaf(8), 1e-5, 4))
     torch.library.opcheck(ops.rms_norm.default, (leaf(3, 8), None, leaf(8), 1e-5, 8))
     torch.library.opcheck(ops.topk_routing.default, (leaf(3, 8), torch.zeros(8, device=device), 2, True, 2.0))
+    torch.library.opcheck(ops.relu_squared.default, (leaf(3, 8),))
     torch.library.opcheck(ops.add_rms_norm.default, (leaf(3, 8), leaf(3, 8), leaf(8), 1e-5))
     targets = torch.tensor([1, -100, 4], device=device)
     counts = torch.rand(3, device=device)
@@ -525,7 +626,7 @@ def test_operator_registration(grad):
         args = (leaf(3, 8), leaf(5, 8), targets, weights, -100, chunk, grad, grad)
         torch.library.opcheck(ops.linear_cross_entropy.default, args)
     if not grad:
-        torch.library.opcheck(ops.small_batch_linear.default, (leaf(3, 8), leaf(5, 8), None))
+        torch.library.opcheck(ops.small_batch_linear.default, (leaf(3, 8), leaf(5, 8), None, True, [leaf(3, 5)]))
         state = torch.randn(1, 6, 4, device=device)
         torch.library.opcheck(ops.causal_conv1d_replay.default, (state, leaf(1, 3, 6), leaf(6, 4), None, 2))
         torch.library.opcheck(

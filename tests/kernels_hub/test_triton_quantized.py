@@ -101,6 +101,33 @@ def test_linear(name, vectors, rows, width, size, dtype, grad, seed):
 @some
 @given(
     name=st.sampled_from(NAMES),
+    vectors=st.sampled_from([(1,), (2,), (2, 3), (20,), (65,)]),
+    rows=st.sampled_from([7, 130]),
+    width=st.sampled_from([64, 272, 2080]),
+    relu2=st.booleans(),
+    terms=st.integers(0, 3),
+    grad=st.booleans(),
+    seed=seeds,
+)
+def test_linear_and_what_follows_it(name, vectors, rows, width, relu2, terms, grad, seed):
+    x, weight, *plus = normal(seed, (*vectors, width), (rows, width), *[(*vectors, rows)] * terms)
+    packed, exact = stored(name, weight)
+    op, x, plus = getattr(registry, f"{name}_linear"), x.bfloat16(), [t.bfloat16() for t in plus]
+
+    def follow(x):
+        out = x @ exact.t()
+        return (out.relu().square() if relu2 else out) + sum(t.double() for t in plus)
+
+    results = []
+    for source in ("triton", "torch"):
+        with use_kernels(source):
+            results.append(run(lambda x: op(x, *packed, relu2, tuple(plus)), [x], grad))
+    check_against(*results, run(follow, [x.double()], grad))
+
+
+@some
+@given(
+    name=st.sampled_from(NAMES),
     tokens=st.sampled_from([1, 3, 16, 17, 40]),
     experts=st.sampled_from([1, 2, 6]),
     data=st.data(),

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nemotron_super.kernels_hub.registry import linear_cross_entropy
+from nemotron_super.modeling import objective
 
 MTP = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
 
@@ -93,6 +95,22 @@ def test_logits_are_there_unless_training_on_labels(model):
         torch.testing.assert_close(without.loss, evaluated.loss)
     finally:
         model.train()
+
+
+@pytest.mark.parametrize("items", [None, 19])
+def test_nothing_is_left_to_scale_the_gradient_of_the_head_by(model, monkeypatch, items):
+    factors = []
+
+    def watched(*args):
+        loss, losses = linear_cross_entropy(*args)
+        loss.register_hook(lambda grad: factors.append(grad.item()))
+        return loss, losses
+
+    monkeypatch.setattr(objective, "linear_cross_entropy", watched)
+    ids, labels, _ = pack([12], 0)
+    model(ids, labels=labels, num_items_in_batch=items, use_cache=False).loss.backward()
+    model.zero_grad()
+    assert factors == [1.0]
 
 
 def test_loss_weights(model):

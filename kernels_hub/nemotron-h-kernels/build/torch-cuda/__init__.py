@@ -11,6 +11,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .moe_experts import moe_experts
 from .quantized_experts import fp8_experts, nvfp4_experts
 from .quantized_linear import fp8_linear, nvfp4_linear
+from .relu_squared import relu_squared
 from .replay import causal_conv1d_replay, selective_state_replay
 from .rms_norm import gated_rms_norm, rms_norm
 from .selective_state_update import selective_state_update
@@ -31,6 +32,7 @@ __all__ = [
     "moe_experts",
     "nvfp4_experts",
     "nvfp4_linear",
+    "relu_squared",
     "rms_norm",
     "router_logits",
     "selective_state_replay",

@@ -5,6 +5,8 @@ In a kernel each, these would take as long as a short product: a launch, and a w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -26,18 +28,18 @@ def finish(total, first, second, at, inside, RELU2: tl.constexpr, TERMS: tl.cons
     return total
 
 
-def pair(plus: tuple[Tensor, ...], out: Tensor) -> tuple[Tensor, Tensor]:
+def two_terms(plus: Sequence[Tensor], out: Tensor) -> tuple[Tensor, Tensor]:
     """The terms as a kernel takes them, dense; what is not there is not looked at."""
     first, second, *_ = (*(t.contiguous() for t in plus), out, out)
     return first, second
 
 
-def fits(plus: tuple[Tensor, ...], x: Tensor) -> bool:
+def fits(plus: Sequence[Tensor], x: Tensor) -> bool:
     """Whether a kernel adds these: no more than two, of the dtype of the product."""
     return len(plus) <= 2 and all(t.dtype == x.dtype for t in plus)
 
 
-def finished(out: Tensor, relu2: bool, plus: tuple[Tensor, ...]) -> Tensor:
+def finished(out: Tensor, relu2: bool, plus: Sequence[Tensor]) -> Tensor:
     """The same of a product in memory."""
     out = F.relu(out).square() if relu2 else out
     for term in plus:

@@ -1,4 +1,4 @@
-"""What every launch needs: the device of its tensors and what it is, block sizes, and whether autograd or a compiler is watching."""
+"""What every launch needs: the device of its tensors and what it is, and block sizes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ import triton
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float32)
-
-
-def as_operator() -> bool:
-    """Whether autograd or a compiler has to see the op. Otherwise the plain function saves the operator's overhead."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def on(x: Tensor) -> contextlib.AbstractContextManager:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._epilogue import finish, pair
+from ._epilogue import finish, two_terms
 from ._launch import gpu, on
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 
@@ -637,7 +637,7 @@ def stream(
                 codes if block_scale is None else block_scale,
                 scale,
                 out,
-                *pair(plus, out),
+                *two_terms(plus, out),
                 rows,
                 words // 2,
                 each,
@@ -671,7 +671,7 @@ def _parts(out: Tensor, splits: int) -> Tensor:
 def _add_parts(parts: Tensor, out: Tensor, relu2: bool = False, plus: tuple[Tensor, ...] = ()) -> None:
     if parts is not out:
         _sum_kernel[(triton.cdiv(out.numel(), 256),)](
-            *(parts, out, *pair(plus, out), out.numel(), parts.shape[0], relu2, len(plus), 256),
+            *(parts, out, *two_terms(plus, out), out.numel(), parts.shape[0], relu2, len(plus), 256),
             num_warps=1,
             **overlap(out),
         )
@@ -704,7 +704,7 @@ def few(x: Tensor, packed: Packed, relu2: bool = False, plus: tuple[Tensor, ...]
             codes if block_scale is None else block_scale,
             scale,
             to,
-            *pair(plus, out),
+            *two_terms(plus, out),
             vectors,
             rows,
             row_bytes,

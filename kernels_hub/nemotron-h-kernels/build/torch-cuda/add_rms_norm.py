@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import as_operator, block, on, rows_of
-from ._ops import add_op_namespace_prefix, ops
+from ._launch import block, on, rows_of
+from ._operator import operator
+from .rms_norm import norm_backward
 
 
 @triton.jit
@@ -31,6 +32,7 @@ def _kernel(x, residual, weight, out, total, x_stride, residual_stride, eps, WID
     tl.store(out + row * WIDTH + i, (h * scale * w).to(out.dtype.element_ty), mask=inside)
 
 
+@operator("add_rms_norm")
 def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     flat, other = rows_of(x), rows_of(residual)
@@ -53,12 +55,7 @@ def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[
     return out, total
 
 
-@torch.library.custom_op(add_op_namespace_prefix("add_rms_norm"), mutates_args=())
-def _op(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _add_norm(x, residual, weight, eps)
-
-
-@_op.register_fake
+@_add_norm.register_fake
 def _(x, residual, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
@@ -70,12 +67,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad_out, grad_total):
     total, weight = ctx.saved_tensors
-    grad, _, grad_weight = ops.rms_norm_backward(grad_out, total, None, weight, ctx.eps, total.shape[-1])
+    grad, _, grad_weight = norm_backward(grad_out, total, None, weight, ctx.eps, total.shape[-1])
     grad = grad + grad_total
     return grad, grad, grad_weight, None
 
 
-_op.register_autograd(_autograd, setup_context=_setup_context)
+_add_norm.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -88,4 +85,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     Returns:
         The normed sum and the sum, both (..., width) in the dtype of x.
     """
-    return (_op if as_operator() else _add_norm)(x, residual, weight, eps)
+    return _add_norm(x, residual, weight, eps)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import as_operator, on
-from ._ops import add_op_namespace_prefix, ops
+from ._launch import on
+from ._operator import operator
 from ._overlap import next_may_begin, overlap, previous_done
 
 _POSITIONS, _CHANNELS = 32, 128  # of a tile
@@ -249,6 +249,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@operator("causal_conv1d")
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
     batch, length, channels = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -279,18 +280,13 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, 
     return out
 
 
-@torch.library.custom_op(add_op_namespace_prefix("causal_conv1d"), mutates_args=())
-def _conv_op(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-    return _conv(x, weight, bias, state, seq_idx)
-
-
-@_conv_op.register_fake
+@_conv.register_fake
 def _(x, weight, bias, state, seq_idx):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("causal_conv1d_backward"), mutates_args=())
-def _conv_backward_op(
+@operator("causal_conv1d_backward")
+def _conv_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, channels = x.shape
@@ -351,7 +347,7 @@ def _conv_backward_op(
     return grad_x, grad_weight, sums[kernel].clone().to(weight.dtype), grad_state
 
 
-@_conv_backward_op.register_fake
+@_conv_backward.register_fake
 def _(grad, x, weight, bias, state, seq_idx):
     state_grad = x.new_empty((x.shape[0], *weight.shape), dtype=torch.float32)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]), state_grad
@@ -363,12 +359,12 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad):
     x, weight, bias, state, seq_idx = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias, grad_state = ops.causal_conv1d_backward(grad, x, weight, bias, state, seq_idx)
+    grad_x, grad_weight, grad_bias, grad_state = _conv_backward(grad, x, weight, bias, state, seq_idx)
     grad_bias = None if bias is None else grad_bias.to(bias.dtype)
     return grad_x, grad_weight, grad_bias, None if state is None else grad_state.to(state.dtype), None
 
 
-_conv_op.register_autograd(_autograd, setup_context=_setup_context)
+_conv.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def causal_conv1d(
@@ -386,9 +382,10 @@ def causal_conv1d(
     Returns:
         (batch, seq, channels) in the dtype of x.
     """
-    return (_conv_op if as_operator() else _conv)(x, weight, bias, state, seq_idx)
+    return _conv(x, weight, bias, state, seq_idx)
 
 
+@operator("causal_conv1d_update", mutates_args=("state",))
 def _update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     batch, channels = x.shape
     kernel = weight.shape[1]
@@ -414,12 +411,7 @@ def _update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return out
 
 
-@torch.library.custom_op(add_op_namespace_prefix("causal_conv1d_update"), mutates_args={"state"})
-def _update_op(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _update(state, x, weight, bias)
-
-
-@_update_op.register_fake
+@_update.register_fake
 def _(state, x, weight, bias):
     return x.new_empty(x.shape)
 
@@ -435,4 +427,4 @@ def causal_conv1d_update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor 
     Returns:
         (batch, channels) in the dtype of x.
     """
-    return (_update_op if torch.compiler.is_compiling() else _update)(state, x, weight, bias)
+    return _update(state, x, weight, bias)

@@ -3,7 +3,8 @@
     loss = sum over t of weight_t * loss_t,    loss_t = logsumexp(W h_t) - (W h_t)[target_t]
 
 Products are torch's, a block of tokens at a time; one kernel takes the block's logits to losses and, in place, to their
-gradient. So there are three products, and the backward only scales what they gave. Tokens without a target are multiplied along:
+gradient. So there are three products, and the backward only scales what they gave by what the sum itself counts: in place, and
+not at all where that is 1, so whatever is known before belongs into the weights. Tokens without a target are multiplied along:
 finding out where they are would wait for the device.
 """
 
@@ -14,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, on
-from ._ops import add_op_namespace_prefix
+from ._launch import block, gpu, on
+from ._operator import operator, watched
 
 _LOGITS_AT_ONCE = 1 << 28  # 512 MiB in bfloat16
 _BLOCK = 16384  # of the vocabulary, at most
@@ -60,6 +61,19 @@ def _loss_kernel(logits, targets, weights, losses, vocab, ignore_index, WITH_GRA
             tl.store(logits + place, out.to(logits.dtype.element_ty), mask=place < vocab)
 
 
+@triton.jit
+def _scale_kernel(x, factor, count, SIZE: tl.constexpr):
+    """x *= factor in float32, rounded once; a factor of 1 leaves everything where it is."""
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+        step = tl.num_programs(0).to(tl.int64) * SIZE
+        for _ in range(tl.cdiv(count - tl.program_id(0) * SIZE, step)):
+            value = tl.load(x + i, mask=i < count, other=0.0).to(tl.float32)
+            tl.store(x + i, (value * by).to(x.dtype.element_ty), mask=i < count)
+            i += step
+
+
 def _rows_at_once(hidden: Tensor, weight: Tensor, chunk: int, for_weight: bool) -> int:
     if chunk:
         return chunk
@@ -80,8 +94,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("linear_cross_entropy"), mutates_args=())
-def _loss_op(
+@operator("linear_cross_entropy")
+def _loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -122,7 +136,7 @@ def _loss_op(
     return torch.dot(losses, counts), losses, grad_hidden, grad_weight.to(weight.dtype)
 
 
-@_loss_op.register_fake
+@_loss.register_fake
 def _(hidden, weight, targets, weights, ignore_index, chunk, for_hidden, for_weight):
     return (
         hidden.new_empty((), dtype=torch.float32),
@@ -140,23 +154,36 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(grad_hidden, grad_weight)
 
 
-def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
-    """saved * factor in float32, rounded once. As a matrix the factor decides the product's dtype; it stays on the device."""
-    return torch.mul(saved, factor.view(1, 1), out=torch.empty_like(saved))
+@operator("linear_cross_entropy_scale", mutates_args=("x",))
+def _scale(x: Tensor, factor: Tensor) -> None:
+    count = x.numel()
+    if count:
+        with on(x):
+            programs = min(triton.cdiv(count, 4096), 8 * gpu(x.device)[0])
+            _scale_kernel[(programs,)](x, factor, count, 4096, num_warps=8)
+
+
+@_scale.register_fake
+def _(x, factor):
+    return None
+
+
+def _graph_is_kept() -> bool:
+    """Whether another backward may come for the same saved tensors. What a compiler traces may run both ways."""
+    return watched() or torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _autograd(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
-    grad_hidden, grad_weight = ctx.saved_tensors
-    return (
-        _scaled(grad_hidden, grad) if ctx.for_hidden else None,
-        _scaled(grad_weight, grad) if ctx.for_weight else None,
-        *(None,) * 6,
-    )
+    grads = [saved.clone() if _graph_is_kept() else saved for saved in ctx.saved_tensors]
+    for one in grads:
+        _scale(one, grad)
+    grad_hidden, grad_weight = grads
+    return grad_hidden if ctx.for_hidden else None, grad_weight if ctx.for_weight else None, *(None,) * 6
 
 
-_loss_op.register_autograd(_autograd, setup_context=_setup_context)
+_loss.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def linear_cross_entropy(
@@ -184,4 +211,4 @@ def linear_cross_entropy(
     """
     grad = torch.is_grad_enabled()
     for_hidden, for_weight = grad and hidden.requires_grad, grad and weight.requires_grad
-    return _loss_op(hidden, weight, targets, weights, ignore_index, chunk or 0, for_hidden, for_weight)[:2]
+    return _loss(hidden, weight, targets, weights, ignore_index, chunk or 0, for_hidden, for_weight)[:2]

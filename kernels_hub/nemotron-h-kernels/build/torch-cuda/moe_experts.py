@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import as_operator, on
-from ._ops import add_op_namespace_prefix, ops
+from ._launch import on
+from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 from .grouped_experts import grouped_experts, serves
+from .relu_squared import relu_squared_into
 
 # Up to here pairs rarely share an expert (512 experts, top-22), so each pair reads weights of its own.
 _FEW = 16
@@ -120,13 +121,6 @@ def _combine_kernel(
 
 
 @triton.jit
-def _relu_squared_kernel(x, out, count, SIZE: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    value = tl.maximum(tl.load(x + i, mask=i < count, other=0.0).to(tl.float32), 0.0)
-    tl.store(out + i, (value * value).to(out.dtype.element_ty), mask=i < count)
-
-
-@triton.jit
 def _between_products_kernel(hidden, back, pair_weights, squared, grad_hidden, grad_pairs, inner, K: tl.constexpr):
     """From hidden and back = grad down: relu(hidden)^2, the gradient of hidden, and that of the pair's weight."""
     pair = tl.program_id(0).to(tl.int64)
@@ -217,34 +211,27 @@ def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
 
 
-def _relu_squared(x: Tensor, out: Tensor) -> Tensor:
-    count = x.numel()
-    if count:
-        with on(x):
-            _relu_squared_kernel[(triton.cdiv(count, 4096),)](x, out, count, 4096, num_warps=8)
-    return out
-
-
 def _many_tokens(
     x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, keep_hidden: bool
 ) -> tuple[Tensor, Tensor]:
     tokens, top_k = index.shape
     order, inverse, ends = _sorted_pairs(index, up.shape[0])
     hidden = _grouped(x[order // top_k], up, ends)
-    squared = _relu_squared(hidden, torch.empty_like(hidden) if keep_hidden else hidden)
+    squared = relu_squared_into(hidden, torch.empty_like(hidden) if keep_hidden else hidden)
     return _combine(_grouped(squared, down, ends), inverse, weights, tokens, top_k, x), hidden
 
 
-@torch.library.custom_op(add_op_namespace_prefix("moe_experts"), mutates_args=())
-def _experts_op(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+@operator("moe_experts")
+def _experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return _many_tokens(x, index, weights, up, down, keep_hidden=True)
 
 
-@_experts_op.register_fake
+@_experts.register_fake
 def _(x, index, weights, up, down):
     return x.new_empty(x.shape), x.new_empty(index.shape[0] * index.shape[1], up.shape[1])
 
 
+@operator("moe_experts_inference")
 def _inference(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
     if x.shape[0] <= _FEW:
         return _few_tokens(x, index, weights, up, down)
@@ -253,18 +240,13 @@ def _inference(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tens
     return _many_tokens(x, index, weights, up, down, keep_hidden=False)[0]
 
 
-@torch.library.custom_op(add_op_namespace_prefix("moe_experts_inference"), mutates_args=())
-def _inference_op(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return _inference(x, index, weights, up, down)
-
-
-@_inference_op.register_fake
+@_inference.register_fake
 def _(x, index, weights, up, down):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("moe_experts_backward"), mutates_args=())
-def _experts_backward_op(
+@operator("moe_experts_backward")
+def _experts_backward(
     grad: Tensor, x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, top_k = index.shape
@@ -295,22 +277,26 @@ def _experts_backward_op(
     return grad_x, grad_weights.view_as(weights), grad_up, grad_down
 
 
-@_experts_backward_op.register_fake
+@_experts_backward.register_fake
 def _(grad, x, index, weights, up, down, hidden):
     return x.new_empty(x.shape), weights.new_empty(weights.shape), torch.empty_like(up), torch.empty_like(down)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for `hidden` would be as large as it is
 
 
 def _autograd(ctx, grad, _):
+    if grad is None:
+        return (None,) * 5
     x, index, weights, up, down, hidden = ctx.saved_tensors
-    grad_x, grad_weights, grad_up, grad_down = ops.moe_experts_backward(grad, x, index, weights, up, down, hidden)
+    grad_x, grad_weights, grad_up, grad_down = _experts_backward(grad, x, index, weights, up, down, hidden)
     return grad_x, None, grad_weights, grad_up, grad_down
 
 
-_experts_op.register_autograd(_autograd, setup_context=_setup_context)
+_experts.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def moe_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -327,5 +313,5 @@ def moe_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Ten
         (tokens, width) in the dtype of x; the sum over experts is taken in float32.
     """
     if torch.is_grad_enabled():
-        return _experts_op(x, index, weights, up, down)[0]
-    return (_inference_op if as_operator() else _inference)(x, index, weights, up, down)
+        return _experts(x, index, weights, up, down)[0]
+    return _inference(x, index, weights, up, down)

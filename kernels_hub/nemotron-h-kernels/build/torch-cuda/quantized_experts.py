@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._launch import as_operator, on
-from ._ops import add_op_namespace_prefix, ops
+from ._launch import on
+from ._operator import operator
 from ._packed import Packed, in_pairs, shape_of, stream, tiles
-from .moe_experts import _between_products_kernel, _combine, _relu_squared, _sorted_pairs
+from .moe_experts import _between_products_kernel, _combine, _sorted_pairs
+from .relu_squared import relu_squared_into
 
 # Tokens up to which every pair reads weights of its own, by the bits of these: for more, a block of each expert's pairs is faster.
 _FEW = {4: 32, 8: 20}
@@ -45,13 +46,13 @@ def _many_tokens(
     order, inverse, ends = _sorted_pairs(index, up[0].shape[0])
     size = _block(index.numel(), up[0].shape[0])
     hidden = tiles(x.contiguous(), up, (order, ends, top_k, size), gather=True, relu2=not keep_hidden)
-    squared = _relu_squared(hidden, torch.empty_like(hidden)) if keep_hidden else hidden
+    squared = relu_squared_into(hidden, torch.empty_like(hidden)) if keep_hidden else hidden
     y = tiles(squared, down, (order, ends, 1, size))
     return _combine(y, inverse, weights, tokens, top_k, x), hidden
 
 
-@torch.library.custom_op(add_op_namespace_prefix("quantized_experts"), mutates_args=())
-def _experts_op(
+@operator("quantized_experts")
+def _experts(
     x: Tensor,
     index: Tensor,
     weights: Tensor,
@@ -66,13 +67,13 @@ def _experts_op(
     return _many_tokens(x, index, weights, up_packed, down_packed, keep_hidden=True)
 
 
-@_experts_op.register_fake
+@_experts.register_fake
 def _(x, index, weights, up, up_block_scale, up_scale, down, down_block_scale, down_scale):
     return x.new_empty(x.shape), x.new_empty(index.shape[0] * index.shape[1], up.shape[1])
 
 
-@torch.library.custom_op(add_op_namespace_prefix("quantized_experts_inference"), mutates_args=())
-def _inference_op(
+@operator("quantized_experts_inference")
+def _inference(
     x: Tensor,
     index: Tensor,
     weights: Tensor,
@@ -83,23 +84,19 @@ def _inference_op(
     down_block_scale: Tensor | None,
     down_scale: Tensor,
 ) -> Tensor:
-    return _inference(x, index, weights, (up, up_block_scale, up_scale), (down, down_block_scale, down_scale))
+    up_packed, down_packed = _matrices(up, up_block_scale, up_scale), _matrices(down, down_block_scale, down_scale)
+    if x.shape[0] <= _FEW[shape_of(up_packed)[2]] and in_pairs(x, up_packed, down_packed):
+        return _few_tokens(x, index, weights, up_packed, down_packed)
+    return _many_tokens(x, index, weights, up_packed, down_packed, keep_hidden=False)[0]
 
 
-@_inference_op.register_fake
+@_inference.register_fake
 def _(x, index, weights, up, up_block_scale, up_scale, down, down_block_scale, down_scale):
     return x.new_empty(x.shape)
 
 
-def _inference(x: Tensor, index: Tensor, weights: Tensor, up: tuple, down: tuple) -> Tensor:
-    up, down = _matrices(*up), _matrices(*down)
-    if x.shape[0] <= _FEW[shape_of(up)[2]] and in_pairs(x, up, down):
-        return _few_tokens(x, index, weights, up, down)
-    return _many_tokens(x, index, weights, up, down, keep_hidden=False)[0]
-
-
-@torch.library.custom_op(add_op_namespace_prefix("quantized_experts_backward"), mutates_args=())
-def _backward_op(
+@operator("quantized_experts_backward")
+def _backward(
     grad: Tensor,
     index: Tensor,
     weights: Tensor,
@@ -132,7 +129,7 @@ def _backward_op(
     return _combine(grad_x, inverse, None, tokens, top_k, grad), grad_weights.view_as(weights)
 
 
-@_backward_op.register_fake
+@_backward.register_fake
 def _(grad, index, weights, up, up_block_scale, up_scale, down, down_block_scale, down_scale, hidden):
     return grad.new_empty(grad.shape), weights.new_empty(weights.shape)
 
@@ -140,22 +137,23 @@ def _(grad, index, weights, up, up_block_scale, up_scale, down, down_block_scale
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[1:], output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for `hidden` would be as large as it is
 
 
 def _autograd(ctx, grad, _):
-    grads = ops.quantized_experts_backward(grad, *ctx.saved_tensors)
+    if grad is None:
+        return (None,) * 9
+    grads = _backward(grad, *ctx.saved_tensors)
     return grads[0], None, grads[1], *(None,) * 6
 
 
-_experts_op.register_autograd(_autograd, setup_context=_setup_context)
+_experts.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _experts(x: Tensor, index: Tensor, weights: Tensor, up: tuple, down: tuple) -> Tensor:
+def _served(x: Tensor, index: Tensor, weights: Tensor, up: tuple, down: tuple) -> Tensor:
     if torch.is_grad_enabled():
-        return _experts_op(x, index, weights, *up, *down)[0]
-    if as_operator():
-        return _inference_op(x, index, weights, *up, *down)
-    return _inference(x, index, weights, up, down)
+        return _experts(x, index, weights, *up, *down)[0]
+    return _inference(x, index, weights, *up, *down)
 
 
 def nvfp4_experts(
@@ -179,7 +177,7 @@ def nvfp4_experts(
     Returns:
         (tokens, width) in the dtype of x; the sum over experts is taken in float32.
     """
-    return _experts(x, index, weights, up, down)
+    return _served(x, index, weights, up, down)
 
 
 def fp8_experts(
@@ -191,4 +189,4 @@ def fp8_experts(
     input_scales: None = None,
 ) -> Tensor:
     """As `nvfp4_experts` with weights in FP8: float8_e4m3fn, rows of a multiple of 8, and (experts,) float32 scales."""
-    return _experts(x, index, weights, (up[0], None, up[1]), (down[0], None, down[1]))
+    return _served(x, index, weights, (up[0], None, up[1]), (down[0], None, down[1]))

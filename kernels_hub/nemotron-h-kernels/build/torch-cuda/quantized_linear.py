@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._epilogue import finished, fits
-from ._launch import as_operator, rows_of
-from ._ops import add_op_namespace_prefix, ops
+from ._launch import rows_of
+from ._operator import operator, watched
 from ._packed import FEW, Packed, few, in_pairs, shape_of, stream, tiles, unpack
 
 _IN_TILES = 64
 
 
-def _linear(
+def _multiply(
     x: Tensor,
     weight: Tensor,
     block_scale: Tensor | None,
@@ -39,22 +39,22 @@ def _linear(
     return finished(out.view(*x.shape[:-1], out.shape[-1]), relu2, plus)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("quantized_linear"), mutates_args=())
-def _linear_op(x: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
-    return _linear(x, weight, block_scale, scale)
+@operator("quantized_linear")
+def _linear(x: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
+    return _multiply(x, weight, block_scale, scale)
 
 
-@_linear_op.register_fake
+@_linear.register_fake
 def _(x, weight, block_scale, scale):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op(add_op_namespace_prefix("quantized_linear_backward"), mutates_args=())
-def _backward_op(grad: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
+@operator("quantized_linear_backward")
+def _backward(grad: Tensor, weight: Tensor, block_scale: Tensor | None, scale: Tensor) -> Tensor:
     return grad @ unpack((weight, None if block_scale is None else block_scale.view(torch.uint8), scale), grad.dtype)
 
 
-@_backward_op.register_fake
+@_backward.register_fake
 def _(grad, weight, block_scale, scale):
     return grad.new_empty(*grad.shape[:-1], shape_of((weight, block_scale, scale))[1])
 
@@ -64,10 +64,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, grad):
-    return ops.quantized_linear_backward(grad, *ctx.saved_tensors), None, None, None
+    return _backward(grad, *ctx.saved_tensors), None, None, None
 
 
-_linear_op.register_autograd(_autograd, setup_context=_setup_context)
+_linear.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _product(
@@ -78,9 +78,9 @@ def _product(
     relu2: bool,
     plus: tuple[Tensor, ...],
 ) -> Tensor:
-    if as_operator():
-        return finished(_linear_op(x, weight, block_scale, scale), relu2, plus)
-    return _linear(x, weight, block_scale, scale, relu2, plus)
+    if watched() or torch.is_grad_enabled():
+        return finished(_linear(x, weight, block_scale, scale), relu2, plus)
+    return _multiply(x, weight, block_scale, scale, relu2, plus)
 
 
 def nvfp4_linear(

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import block, on
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 from ._overlap import next_may_begin, overlap, previous_done
 from .selective_state_update import ANY_STEP, decay_of, time_step
 
@@ -143,6 +143,7 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+@operator("causal_conv1d_replay", mutates_args=("state",))
 def _conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settled: int) -> Tensor:
     batch, tokens, channels = x.shape
     kernel = weight.shape[1]
@@ -173,6 +174,7 @@ def _conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settled
     return out
 
 
+@operator("selective_state_replay", mutates_args=("state",))
 def _state(
     state: Tensor,
     x: Tensor,
@@ -226,34 +228,12 @@ def _state(
     return y
 
 
-@torch.library.custom_op(add_op_namespace_prefix("causal_conv1d_replay"), mutates_args={"state"})
-def _conv_op(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settled: int) -> Tensor:
-    return _conv(state, x, weight, bias, settled)
-
-
-@_conv_op.register_fake
+@_conv.register_fake
 def _(state, x, weight, bias, settled):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("selective_state_replay"), mutates_args={"state"})
-def _state_op(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    settled: int,
-    dt_bias: Tensor | None,
-    shortest: float,
-    longest: float,
-) -> Tensor:
-    return _state(state, x, dt, A, B, C, D, settled, dt_bias, shortest, longest)
-
-
-@_state_op.register_fake
+@_state.register_fake
 def _(state, x, dt, A, B, C, D, settled, dt_bias, shortest, longest):
     return x.new_empty(x.shape)
 
@@ -273,7 +253,7 @@ def causal_conv1d_replay(
     Returns:
         (batch, tokens, channels) in the dtype of x.
     """
-    return (_conv_op if torch.compiler.is_compiling() else _conv)(state, x, weight, bias, settled)
+    return _conv(state, x, weight, bias, settled)
 
 
 def selective_state_replay(
@@ -304,5 +284,4 @@ def selective_state_replay(
     Returns:
         (batch, tokens, heads, head_dim) in the dtype of x.
     """
-    replay = _state_op if torch.compiler.is_compiling() else _state
-    return replay(state, x, dt, A, B, C, D, settled, dt_bias, *dt_limit)
+    return _state(state, x, dt, A, B, C, D, settled, dt_bias, *dt_limit)

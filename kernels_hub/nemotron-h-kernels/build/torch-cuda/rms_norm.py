@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import as_operator, block, on, rows_of
-from ._ops import add_op_namespace_prefix, ops
+from ._launch import block, on, rows_of
+from ._operator import operator
 from ._overlap import next_may_begin, overlap, previous_done
 
 _WARPS = 132 * 16  # of all the backward's programs: what an H100 holds at once, at the 115 registers they take
@@ -119,6 +119,7 @@ def _backward_warps(size: int) -> int:
     return max(_warps(size), min(8, size // 256))
 
 
+@operator("rms_norm")
 def _norm(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int) -> Tensor:
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     width = y.shape[-1]
@@ -146,18 +147,13 @@ def _norm(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: i
     return out
 
 
-@torch.library.custom_op(add_op_namespace_prefix("rms_norm"), mutates_args=())
-def _norm_op(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int) -> Tensor:
-    return _norm(y, z, weight, eps, group_size)
-
-
-@_norm_op.register_fake
+@_norm.register_fake
 def _(y, z, weight, eps, group_size):
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("rms_norm_backward"), mutates_args=())
-def _norm_backward_op(
+@operator("rms_norm_backward")
+def norm_backward(
     grad: Tensor, y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = y.shape[-1]
@@ -195,7 +191,7 @@ def _norm_backward_op(
     return grad_y, grad_z, partial.sum(0).to(weight.dtype)
 
 
-@_norm_backward_op.register_fake
+@norm_backward.register_fake
 def _(grad, y, z, weight, eps, group_size):
     return y.new_empty(y.shape), y.new_empty(0) if z is None else z.new_empty(z.shape), torch.empty_like(weight)
 
@@ -208,18 +204,18 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd(ctx, grad):
     y, z, weight = ctx.saved_tensors
-    grad_y, grad_z, grad_weight = ops.rms_norm_backward(grad, y, z, weight, ctx.eps, ctx.group_size)
+    grad_y, grad_z, grad_weight = norm_backward(grad, y, z, weight, ctx.eps, ctx.group_size)
     return grad_y, None if z is None else grad_z, grad_weight, None, None
 
 
-_norm_op.register_autograd(_autograd, setup_context=_setup_context)
+_norm.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over the last dimension of x (..., width); weight (width,). Returns the dtype of x."""
-    return (_norm_op if as_operator() else _norm)(x, None, weight, eps, x.shape[-1])
+    return _norm(x, None, weight, eps, x.shape[-1])
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> Tensor:
     """RMS norm of y * silu(z) in groups of `group_size`; y, z (..., width); weight (width,). Returns the dtype of y."""
-    return (_norm_op if as_operator() else _norm)(y, z, weight, eps, group_size)
+    return _norm(y, z, weight, eps, group_size)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import block, on
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 from ._overlap import next_may_begin, overlap, previous_done
 
 _ROWS = 16  # of the state a program advances: small enough for hundreds of programs at batch 1
@@ -108,6 +108,7 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+@operator("selective_state_update", mutates_args=("state",))
 def _update(
     state: Tensor,
     x: Tensor,
@@ -116,10 +117,10 @@ def _update(
     B: Tensor,
     C: Tensor,
     D: Tensor,
-    dt_bias: Tensor | None = None,
-    shortest: float = ANY_STEP[0],
-    longest: float = ANY_STEP[1],
-    live: Tensor | None = None,
+    dt_bias: Tensor | None,
+    shortest: float,
+    longest: float,
+    live: Tensor | None,
 ) -> Tensor:
     batch, heads, head_dim, state_size = state.shape
     x, dt, B, C = _dense(x), _dense(dt), _dense(B), _dense(C)
@@ -162,24 +163,7 @@ def _update(
     return y
 
 
-@torch.library.custom_op(add_op_namespace_prefix("selective_state_update"), mutates_args={"state"})
-def _update_op(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor | None,
-    shortest: float,
-    longest: float,
-    live: Tensor | None,
-) -> Tensor:
-    return _update(state, x, dt, A, B, C, D, dt_bias, shortest, longest, live)
-
-
-@_update_op.register_fake
+@_update.register_fake
 def _(state, x, dt, A, B, C, D, dt_bias, shortest, longest, live):
     return x.new_empty(x.shape)
 
@@ -212,5 +196,4 @@ def selective_state_update(
     Returns:
         y: (batch, heads, head_dim) in the dtype of x.
     """
-    update = _update_op if torch.compiler.is_compiling() else _update
-    return update(state, x, dt, A, B, C, D, dt_bias, *dt_limit, live)
+    return _update(state, x, dt, A, B, C, D, dt_bias, *dt_limit, live)

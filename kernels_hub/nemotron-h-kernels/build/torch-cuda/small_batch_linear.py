@@ -6,14 +6,16 @@ dimension is split too: each part leaves its sums in float32, and a second kerne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._epilogue import finish, finished, fits, pair
+from ._epilogue import finish, finished, fits, two_terms
 from ._launch import on
-from ._ops import add_op_namespace_prefix
+from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 
 MOST_TOKENS = 64
@@ -111,7 +113,7 @@ def few_rows(
     weight: Tensor,
     bias: Tensor | None = None,
     relu2: bool = False,
-    plus: tuple[Tensor, ...] = (),
+    plus: Sequence[Tensor] = (),
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """(tokens, in) -> (tokens, out) in `dtype`, that of x if none is given; terms as `_epilogue.fits` them."""
@@ -125,7 +127,7 @@ def few_rows(
     parts = max(1, min(8, _PROGRAMS // along, inner // (4 * _INNER)))
     per_part = triton.cdiv(triton.cdiv(inner, parts), _INNER) * _INNER
     parts = triton.cdiv(inner, per_part)
-    first, second = pair(plus, out)
+    first, second = two_terms(plus, out)
     whole = parts == 1
     target = out if whole else torch.empty(parts, tokens, rows, dtype=torch.float32, device=x.device)
     with on(x):
@@ -174,13 +176,13 @@ def few_rows(
     return out
 
 
-@torch.library.custom_op(add_op_namespace_prefix("small_batch_linear"), mutates_args=())
-def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return few_rows(x, weight, bias)
+@operator("small_batch_linear")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu2: bool, plus: list[Tensor]) -> Tensor:
+    return few_rows(x, weight, bias, relu2, plus)
 
 
-@_linear_op.register_fake
-def _(x, weight, bias):
+@_linear.register_fake
+def _(x, weight, bias, relu2, plus):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -200,8 +202,6 @@ def small_batch_linear(
         (..., out) in the dtype of x; sums in float32, always in the same order.
     """
     rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], weight.shape[0])
-    if torch.compiler.is_compiling():
-        return finished(_linear_op(rows, weight, bias).view(shape), relu2, plus)
-    if not fits(plus, x):
-        return finished(few_rows(rows, weight, bias, relu2).view(shape), False, plus)
-    return few_rows(rows, weight, bias, relu2, plus).view(shape)
+    terms = [t.reshape(-1, weight.shape[0]) for t in plus] if fits(plus, x) else []
+    out = _linear(rows, weight, bias, relu2, terms).view(shape)
+    return out if terms else finished(out, False, plus)

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import as_operator, block, on
-from ._ops import add_op_namespace_prefix, ops
+from ._launch import block, on
+from ._operator import operator
 
 # head_dim and state_size of all published Nemotron-H models. Compiled by Triton 3.6 with smaller blocks, a product in the
 # backward reads out of bounds (compute-sanitizer says so at 20 x 3), so other sizes are refused.
@@ -450,6 +450,7 @@ class _Arguments:
         return final
 
 
+@operator("ssd_chunk_scan")
 def _scan(
     x: Tensor,
     dt: Tensor,
@@ -466,32 +467,18 @@ def _scan(
     return y, arguments.scan(0, x.shape[1], initial, y)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("ssd_chunk_scan"), mutates_args=())
-def _scan_op(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return _scan(x, dt, A, B, C, D, initial_state, seq_idx)
-
-
 def _fake_state(x: Tensor, B: Tensor) -> Tensor:
     batch, _, heads, head_dim = x.shape
     return x.new_empty((batch, heads, head_dim, B.shape[3]), dtype=torch.float32)
 
 
-@_scan_op.register_fake
+@_scan.register_fake
 def _(x, dt, A, B, C, D, initial_state, seq_idx):
     return x.new_empty(x.shape), _fake_state(x, B)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("ssd_chunk_scan_backward"), mutates_args=())
-def _backward_op(
+@operator("ssd_chunk_scan_backward")
+def _backward(
     grad_y: Tensor,
     grad_final: Tensor | None,
     x: Tensor,
@@ -590,22 +577,26 @@ def _backward_op(
     return grad_x, grad_dt, grad_A.to(A.dtype), grad_B, grad_C, grad_D.to(D.dtype), grad_state
 
 
-@_backward_op.register_fake
+@_backward.register_fake
 def _(grad_y, grad_final, x, dt, A, B, C, D, initial_state, seq_idx):
     return *(t.new_empty(t.shape) for t in (x, dt, A, B, C, D)), _fake_state(x, B)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)  # the final state rarely has one
 
 
 def _autograd(ctx, grad_y, grad_final):
+    if grad_y is None and grad_final is None:
+        return (None,) * 8
     *tensors, initial_state, seq_idx = ctx.saved_tensors
-    *grads, grad_initial = ops.ssd_chunk_scan_backward(grad_y, grad_final, *tensors, initial_state, seq_idx)
+    grad_y = torch.zeros_like(tensors[0]) if grad_y is None else grad_y
+    *grads, grad_initial = _backward(grad_y, grad_final, *tensors, initial_state, seq_idx)
     return *grads, None if initial_state is None else grad_initial.to(initial_state.dtype), None
 
 
-_scan_op.register_autograd(_autograd, setup_context=_setup_context)
+_scan.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def ssd_chunk_scan(
@@ -635,4 +626,4 @@ def ssd_chunk_scan(
         y (batch, seq, heads, head_dim) in the dtype of x, and the state after the last position,
         (batch, heads, head_dim, state_size), float32.
     """
-    return (_scan_op if as_operator() else _scan)(x, dt, A, B, C, D, initial_state, seq_idx)
+    return _scan(x, dt, A, B, C, D, initial_state, seq_idx)

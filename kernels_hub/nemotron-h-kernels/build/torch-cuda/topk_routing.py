@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import as_operator, block, on
-from ._ops import add_op_namespace_prefix, ops
+from ._launch import block, on
+from ._operator import operator
 from ._overlap import next_may_begin, overlap, previous_done
 from .small_batch_linear import MOST_TOKENS, few_rows
 
@@ -91,6 +91,7 @@ def _backward_kernel(
     tl.store(grad_logits + row * experts + e, out, mask=e < experts)
 
 
+@operator("topk_routing")
 def _route(logits: Tensor, bias: Tensor, top_k: int, normalise: bool, scale: float) -> tuple[Tensor, Tensor]:
     tokens, experts = logits.shape
     logits = logits.contiguous()
@@ -117,19 +118,14 @@ def _route(logits: Tensor, bias: Tensor, top_k: int, normalise: bool, scale: flo
     return weights, index
 
 
-@torch.library.custom_op(add_op_namespace_prefix("topk_routing"), mutates_args=())
-def _route_op(logits: Tensor, bias: Tensor, top_k: int, normalise: bool, scale: float) -> tuple[Tensor, Tensor]:
-    return _route(logits, bias, top_k, normalise, scale)
-
-
-@_route_op.register_fake
+@_route.register_fake
 def _(logits, bias, top_k, normalise, scale):
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("topk_routing_backward"), mutates_args=())
-def _route_backward_op(grad: Tensor, logits: Tensor, index: Tensor, normalise: bool, scale: float) -> Tensor:
+@operator("topk_routing_backward")
+def _route_backward(grad: Tensor, logits: Tensor, index: Tensor, normalise: bool, scale: float) -> Tensor:
     tokens, experts = logits.shape
     top_k = index.shape[1]
     logits = logits.contiguous()
@@ -152,7 +148,7 @@ def _route_backward_op(grad: Tensor, logits: Tensor, index: Tensor, normalise: b
     return grad_logits
 
 
-@_route_backward_op.register_fake
+@_route_backward.register_fake
 def _(grad, logits, index, normalise, scale):
     return logits.new_empty(logits.shape)
 
@@ -161,15 +157,18 @@ def _setup_context(ctx, inputs, output) -> None:
     logits, _, _, ctx.normalise, ctx.scale = inputs
     ctx.save_for_backward(logits, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, grad_weights, _):
+    if grad_weights is None:
+        return (None,) * 5
     logits, index = ctx.saved_tensors
-    grad = ops.topk_routing_backward(grad_weights, logits, index, ctx.normalise, ctx.scale)
+    grad = _route_backward(grad_weights, logits, index, ctx.normalise, ctx.scale)
     return grad, None, None, None, None
 
 
-_route_op.register_autograd(_autograd, setup_context=_setup_context)
+_route.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -183,26 +182,22 @@ def _split_product(a: Tensor, b: Tensor) -> Tensor:
     return _product(high, b) + _product((a - high).to(b.dtype), b)
 
 
+@operator("router_logits")
 def _logits(x: Tensor, weight: Tensor) -> Tensor:
     return few_rows(x, weight, dtype=torch.float32) if x.shape[0] <= MOST_TOKENS else _product(x, weight.t())
 
 
-@torch.library.custom_op(add_op_namespace_prefix("router_logits"), mutates_args=())
-def _logits_op(x: Tensor, weight: Tensor) -> Tensor:
-    return _logits(x, weight)
-
-
-@_logits_op.register_fake
+@_logits.register_fake
 def _(x, weight):
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op(add_op_namespace_prefix("router_logits_backward"), mutates_args=())
-def _logits_backward_op(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+@operator("router_logits_backward")
+def _logits_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return _split_product(grad, weight).to(x.dtype), _split_product(grad.t(), x).to(weight.dtype)
 
 
-@_logits_backward_op.register_fake
+@_logits_backward.register_fake
 def _(grad, x, weight):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
@@ -212,17 +207,17 @@ def _logits_setup(ctx, inputs, output) -> None:
 
 
 def _logits_autograd(ctx, grad):
-    return ops.router_logits_backward(grad, *ctx.saved_tensors)
+    return _logits_backward(grad, *ctx.saved_tensors)
 
 
-_logits_op.register_autograd(_logits_autograd, setup_context=_logits_setup)
+_logits.register_autograd(_logits_autograd, setup_context=_logits_setup)
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """x (tokens, hidden) times weight (experts, hidden), transposed, in float32: (tokens, experts)."""
     if x.dtype == torch.float32:
         return F.linear(x, weight)
-    return (_logits_op if as_operator() else _logits)(x, weight)
+    return _logits(x, weight)
 
 
 def topk_routing(
@@ -247,4 +242,4 @@ def topk_routing(
     Returns:
         weights (tokens, top_k) float32 and experts (tokens, top_k) int64, best first.
     """
-    return (_route_op if as_operator() else _route)(logits, bias, top_k, normalise, scale)
+    return _route(logits, bias, top_k, normalise, scale)
