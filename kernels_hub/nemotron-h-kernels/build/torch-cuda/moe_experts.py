@@ -102,7 +102,7 @@ def _combine_kernel(
 
 @triton.jit
 def _between_products_kernel(hidden, back, pair_weights, squared, grad_hidden, grad_pairs, inner, K: tl.constexpr):
-    """From hidden and back = grad down: relu(hidden)^2, the gradient of hidden, and that of the pair's weight."""
+    """From hidden and back = grad down: the weighted relu(hidden)^2, the gradient of hidden, and that of the pair's weight."""
     pair = tl.program_id(0).to(tl.int64)
     weight = tl.load(pair_weights + pair)
     k = tl.arange(0, K)
@@ -114,22 +114,9 @@ def _between_products_kernel(hidden, back, pair_weights, squared, grad_hidden, g
         g = tl.load(back + i, mask=inside, other=0.0).to(tl.float32)
         square = active * active
         total += g * square
-        tl.store(squared + i, square.to(squared.dtype.element_ty), mask=inside)
+        tl.store(squared + i, (weight * square).to(squared.dtype.element_ty), mask=inside)
         tl.store(grad_hidden + i, (g * (2.0 * weight) * active).to(grad_hidden.dtype.element_ty), mask=inside)
     tl.store(grad_pairs + pair, tl.sum(total, 0))
-
-
-@triton.jit
-def _gather_kernel(grad, rows, pair_weights, plain, scaled, width, W: tl.constexpr):
-    """plain[pair] = grad[rows[pair]], and the same times the pair's weight."""
-    pair = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows + pair)
-    weight = tl.load(pair_weights + pair)
-    c = tl.program_id(1) * W + tl.arange(0, W)
-    inside = c < width
-    value = tl.load(grad + row * width + c, mask=inside, other=0.0)
-    tl.store(plain + pair * width + c, value, mask=inside)
-    tl.store(scaled + pair * width + c, (value.to(tl.float32) * weight).to(scaled.dtype.element_ty), mask=inside)
 
 
 def _combine(y: Tensor, place: Tensor | None, weights: Tensor | None, tokens: int, top_k: int, like: Tensor) -> Tensor:
@@ -258,14 +245,8 @@ def _experts_backward(
     tokens, top_k = weights.shape
     rows = order // top_k
     pair_weights = weights.reshape(-1)[order]
-    grad = grad.contiguous()
-    pairs, width, inner = order.numel(), x.shape[1], up.shape[1]
-    grad_rows, scaled = (torch.empty(pairs, width, dtype=x.dtype, device=x.device) for _ in range(2))
-    size = min(1024, triton.next_power_of_2(width))
-    with on(x):
-        _gather_kernel[(pairs, triton.cdiv(width, size))](
-            grad, rows, pair_weights, grad_rows, scaled, width, size, num_warps=max(1, size // 256)
-        )
+    pairs, inner = order.numel(), up.shape[1]
+    grad_rows = grad.contiguous()[rows]
     back = _grouped(grad_rows, down.transpose(-2, -1), ends)
     squared, grad_hidden = torch.empty_like(hidden), torch.empty_like(hidden)
     grad_pairs = torch.empty(pairs, dtype=torch.float32, device=x.device)
@@ -275,8 +256,9 @@ def _experts_backward(
         )
     grad_weights = torch.empty_like(grad_pairs)
     grad_weights[order] = grad_pairs
-    del back, grad_rows
-    grad_down = F.grouped_mm(scaled.t(), squared, offs=ends)
+    del back
+    grad_down = F.grouped_mm(grad_rows.t(), squared, offs=ends)
+    del grad_rows, squared
     grad_up = F.grouped_mm(grad_hidden.t(), x[rows], offs=ends)
     grad_x = _combine(_grouped(grad_hidden, up.transpose(-2, -1), ends), inverse, None, tokens, top_k, x)
     return grad_x, grad_weights.view_as(weights), grad_up, grad_down
