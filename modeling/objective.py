@@ -85,9 +85,8 @@ def training_objective(
     total = sum((one * w).sum() for one, w in zip(losses, counted, strict=True) if one is not None)
     rest = [k for k, one in enumerate(losses) if one is None]
     if rest:
-        together, *joined = (
-            torch.cat([part[k] for k in rest]) for part in ([s.flatten(0, 1) for s in states], targets, counted)
-        )
+        parts = ([part[k] for k in rest] for part in ([s.flatten(0, 1) for s in states], targets, counted))
+        together, *joined = (part[0] if len(rest) == 1 else torch.cat(part) for part in parts)
         summed, each = _weighted_losses(head, together, *joined)
         total = total + summed
         for k, one in zip(rest, each.split(targets[0].numel()), strict=True):

@@ -53,6 +53,11 @@ def test_norms(ops):
     close(ops.gated_rms_norm(y, z, weight, 1e-5, 64), expected, 1e-5)
 
 
+def test_relu_squared(ops):
+    x = rand(7, 256)
+    close(ops.relu_squared(x), F.relu(x).square(), 1e-6)
+
+
 def test_convolution(ops):
     x, weight, bias = rand(2, 50, 96), rand(96, 4), rand(96)
     padded = F.pad(x.mT, (3, 0))

@@ -11,6 +11,8 @@ Three ways, chosen by the number of tokens:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -122,7 +124,7 @@ def _combine_kernel(
 
 @triton.jit
 def _between_products_kernel(hidden, back, pair_weights, squared, grad_hidden, grad_pairs, inner, K: tl.constexpr):
-    """From hidden and back = grad down: relu(hidden)^2, the gradient of hidden, and that of the pair's weight."""
+    """From hidden and back = grad down: the weighted relu(hidden)^2, the gradient of hidden, and that of the pair's weight."""
     pair = tl.program_id(0).to(tl.int64)
     weight = tl.load(pair_weights + pair)
     k = tl.arange(0, K)
@@ -134,22 +136,9 @@ def _between_products_kernel(hidden, back, pair_weights, squared, grad_hidden, g
         g = tl.load(back + i, mask=inside, other=0.0).to(tl.float32)
         square = active * active
         total += g * square
-        tl.store(squared + i, square.to(squared.dtype.element_ty), mask=inside)
+        tl.store(squared + i, (weight * square).to(squared.dtype.element_ty), mask=inside)
         tl.store(grad_hidden + i, (g * (2.0 * weight) * active).to(grad_hidden.dtype.element_ty), mask=inside)
     tl.store(grad_pairs + pair, tl.sum(total, 0))
-
-
-@triton.jit
-def _gather_kernel(grad, rows, pair_weights, plain, scaled, width, W: tl.constexpr):
-    """plain[pair] = grad[rows[pair]], and the same times the pair's weight."""
-    pair = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows + pair)
-    weight = tl.load(pair_weights + pair)
-    c = tl.program_id(1) * W + tl.arange(0, W)
-    inside = c < width
-    value = tl.load(grad + row * width + c, mask=inside, other=0.0)
-    tl.store(plain + pair * width + c, value, mask=inside)
-    tl.store(scaled + pair * width + c, (value.to(tl.float32) * weight).to(scaled.dtype.element_ty), mask=inside)
 
 
 def _combine(y: Tensor, place: Tensor | None, weights: Tensor | None, tokens: int, top_k: int, like: Tensor) -> Tensor:
@@ -196,14 +185,27 @@ def _few_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Ten
     return _combine(y, None, weights, tokens, top_k, x)
 
 
-def _sorted_pairs(index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Order of the flattened (tokens * top_k) pairs by expert, its inverse, and where each expert's block ends (int32)."""
+class SortedPairs(NamedTuple):
+    """The flattened (tokens * top_k) pairs by expert."""
+
+    order: Tensor  # (pairs,) int64: the pair of each sorted row
+    inverse: Tensor  # (pairs,) int64: the sorted row of each pair
+    ends: Tensor  # (experts,) int32: the row behind each expert's last
+
+    @classmethod
+    def like(cls, index: Tensor, experts: int) -> SortedPairs:
+        """Of the right shapes and dtypes, for compilers."""
+        order, inverse = (index.new_empty(index.shape[0] * index.shape[1]) for _ in range(2))
+        return cls(order, inverse, index.new_empty(experts, dtype=torch.int32))
+
+
+def sort_pairs(index: Tensor, experts: int) -> SortedPairs:
     # Radix sort takes a pass for every few bits of the key.
     keys, order = index.reshape(-1).to(torch.int16).sort(stable=True)
     ends = torch.searchsorted(keys, torch.arange(experts, dtype=torch.int16, device=keys.device), right=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
-    return order, inverse, ends.to(torch.int32)
+    return SortedPairs(order, inverse, ends.to(torch.int32))
 
 
 def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -212,23 +214,29 @@ def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _many_tokens(
-    x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, keep_hidden: bool
+    x: Tensor, pairs: SortedPairs, weights: Tensor, up: Tensor, down: Tensor, keep_hidden: bool
 ) -> tuple[Tensor, Tensor]:
-    tokens, top_k = index.shape
-    order, inverse, ends = _sorted_pairs(index, up.shape[0])
+    """The output and, if kept, what the sorted pairs have before their activation."""
+    tokens, top_k = weights.shape
+    order, inverse, ends = pairs
     hidden = _grouped(x[order // top_k], up, ends)
     squared = relu_squared_into(hidden, torch.empty_like(hidden) if keep_hidden else hidden)
     return _combine(_grouped(squared, down, ends), inverse, weights, tokens, top_k, x), hidden
 
 
 @operator("moe_experts")
-def _experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    return _many_tokens(x, index, weights, up, down, keep_hidden=True)
+def _experts(
+    x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, and what the backward wants: the pairs' hidden activations and their order."""
+    pairs = sort_pairs(index, up.shape[0])
+    return *_many_tokens(x, pairs, weights, up, down, keep_hidden=True), *pairs
 
 
 @_experts.register_fake
 def _(x, index, weights, up, down):
-    return x.new_empty(x.shape), x.new_empty(index.shape[0] * index.shape[1], up.shape[1])
+    hidden = x.new_empty(index.shape[0] * index.shape[1], up.shape[1])
+    return x.new_empty(x.shape), hidden, *SortedPairs.like(index, up.shape[0])
 
 
 @operator("moe_experts_inference")
@@ -237,7 +245,7 @@ def _inference(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tens
         return _few_tokens(x, index, weights, up, down)
     if index.numel() <= _READING * up.shape[0] and serves(x, up, down):
         return _combine(*grouped_experts(x, index, up, down), weights, *index.shape, x)
-    return _many_tokens(x, index, weights, up, down, keep_hidden=False)[0]
+    return _many_tokens(x, sort_pairs(index, up.shape[0]), weights, up, down, keep_hidden=False)[0]
 
 
 @_inference.register_fake
@@ -247,20 +255,21 @@ def _(x, index, weights, up, down):
 
 @operator("moe_experts_backward")
 def _experts_backward(
-    grad: Tensor, x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, hidden: Tensor
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    hidden: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    ends: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, top_k = index.shape
-    order, inverse, ends = _sorted_pairs(index, up.shape[0])
+    tokens, top_k = weights.shape
     rows = order // top_k
     pair_weights = weights.reshape(-1)[order]
-    grad = grad.contiguous()
-    pairs, width, inner = order.numel(), x.shape[1], up.shape[1]
-    grad_rows, scaled = (torch.empty(pairs, width, dtype=x.dtype, device=x.device) for _ in range(2))
-    size = min(1024, triton.next_power_of_2(width))
-    with on(x):
-        _gather_kernel[(pairs, triton.cdiv(width, size))](
-            grad, rows, pair_weights, grad_rows, scaled, width, size, num_warps=max(1, size // 256)
-        )
+    pairs, inner = order.numel(), up.shape[1]
+    grad_rows = grad.contiguous()[rows]
     back = _grouped(grad_rows, down.transpose(-2, -1), ends)
     squared, grad_hidden = torch.empty_like(hidden), torch.empty_like(hidden)
     grad_pairs = torch.empty(pairs, dtype=torch.float32, device=x.device)
@@ -270,29 +279,31 @@ def _experts_backward(
         )
     grad_weights = torch.empty_like(grad_pairs)
     grad_weights[order] = grad_pairs
-    del back, grad_rows
-    grad_down = F.grouped_mm(scaled.t(), squared, offs=ends)
+    del back
+    grad_down = F.grouped_mm(grad_rows.t(), squared, offs=ends)
+    del grad_rows, squared
     grad_up = F.grouped_mm(grad_hidden.t(), x[rows], offs=ends)
     grad_x = _combine(_grouped(grad_hidden, up.transpose(-2, -1), ends), inverse, None, tokens, top_k, x)
     return grad_x, grad_weights.view_as(weights), grad_up, grad_down
 
 
 @_experts_backward.register_fake
-def _(grad, x, index, weights, up, down, hidden):
+def _(grad, x, weights, up, down, hidden, order, inverse, ends):
     return x.new_empty(x.shape), weights.new_empty(weights.shape), torch.empty_like(up), torch.empty_like(down)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.mark_non_differentiable(output[1])
+    x, _, *others = inputs
+    _, *kept = output
+    ctx.save_for_backward(x, *others, *kept)
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # zeros for `hidden` would be as large as it is
 
 
-def _autograd(ctx, grad, _):
+def _autograd(ctx, grad, *_):
     if grad is None:
         return (None,) * 5
-    x, index, weights, up, down, hidden = ctx.saved_tensors
-    grad_x, grad_weights, grad_up, grad_down = _experts_backward(grad, x, index, weights, up, down, hidden)
+    grad_x, grad_weights, grad_up, grad_down = _experts_backward(grad, *ctx.saved_tensors)
     return grad_x, None, grad_weights, grad_up, grad_down
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ._launch import on
 from ._operator import operator
 from ._packed import Packed, in_pairs, shape_of, stream, tiles
-from .moe_experts import _between_products_kernel, _combine, _sorted_pairs
+from .moe_experts import SortedPairs, _between_products_kernel, _combine, sort_pairs
 from .relu_squared import relu_squared_into
 
 # Tokens up to which every pair reads weights of its own, by the bits of these: for more, a block of each expert's pairs is faster.
@@ -39,12 +39,12 @@ def _few_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Packed, down: Pac
 
 
 def _many_tokens(
-    x: Tensor, index: Tensor, weights: Tensor, up: Packed, down: Packed, keep_hidden: bool
+    x: Tensor, pairs: SortedPairs, weights: Tensor, up: Packed, down: Packed, keep_hidden: bool
 ) -> tuple[Tensor, Tensor]:
     """The output and, if kept, what the sorted pairs have before their activation."""
-    tokens, top_k = index.shape
-    order, inverse, ends = _sorted_pairs(index, up[0].shape[0])
-    size = _block(index.numel(), up[0].shape[0])
+    tokens, top_k = weights.shape
+    order, inverse, ends = pairs
+    size = _block(order.numel(), ends.numel())
     hidden = tiles(x.contiguous(), up, (order, ends, top_k, size), gather=True, relu2=not keep_hidden)
     squared = relu_squared_into(hidden, torch.empty_like(hidden)) if keep_hidden else hidden
     y = tiles(squared, down, (order, ends, 1, size))
@@ -62,14 +62,17 @@ def _experts(
     down: Tensor,
     down_block_scale: Tensor | None,
     down_scale: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The output, and what the backward wants: the pairs' hidden activations and their order."""
     up_packed, down_packed = _matrices(up, up_block_scale, up_scale), _matrices(down, down_block_scale, down_scale)
-    return _many_tokens(x, index, weights, up_packed, down_packed, keep_hidden=True)
+    pairs = sort_pairs(index, up.shape[0])
+    return *_many_tokens(x, pairs, weights, up_packed, down_packed, keep_hidden=True), *pairs
 
 
 @_experts.register_fake
 def _(x, index, weights, up, up_block_scale, up_scale, down, down_block_scale, down_scale):
-    return x.new_empty(x.shape), x.new_empty(index.shape[0] * index.shape[1], up.shape[1])
+    hidden = x.new_empty(index.shape[0] * index.shape[1], up.shape[1])
+    return x.new_empty(x.shape), hidden, *SortedPairs.like(index, up.shape[0])
 
 
 @operator("quantized_experts_inference")
@@ -87,7 +90,8 @@ def _inference(
     up_packed, down_packed = _matrices(up, up_block_scale, up_scale), _matrices(down, down_block_scale, down_scale)
     if x.shape[0] <= _FEW[shape_of(up_packed)[2]] and in_pairs(x, up_packed, down_packed):
         return _few_tokens(x, index, weights, up_packed, down_packed)
-    return _many_tokens(x, index, weights, up_packed, down_packed, keep_hidden=False)[0]
+    pairs = sort_pairs(index, up.shape[0])
+    return _many_tokens(x, pairs, weights, up_packed, down_packed, keep_hidden=False)[0]
 
 
 @_inference.register_fake
@@ -98,7 +102,6 @@ def _(x, index, weights, up, up_block_scale, up_scale, down, down_block_scale, d
 @operator("quantized_experts_backward")
 def _backward(
     grad: Tensor,
-    index: Tensor,
     weights: Tensor,
     up: Tensor,
     up_block_scale: Tensor | None,
@@ -107,10 +110,12 @@ def _backward(
     down_block_scale: Tensor | None,
     down_scale: Tensor,
     hidden: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    ends: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    tokens, top_k = index.shape
-    order, inverse, ends = _sorted_pairs(index, up.shape[0])
-    size = _block(index.numel(), up.shape[0])
+    tokens, top_k = weights.shape
+    size = _block(order.numel(), up.shape[0])
     pair_weights = weights.reshape(-1)[order]
     down_packed, up_packed = _matrices(down, down_block_scale, down_scale), _matrices(up, up_block_scale, up_scale)
     grad = grad.contiguous()
@@ -130,17 +135,18 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, index, weights, up, up_block_scale, up_scale, down, down_block_scale, down_scale, hidden):
+def _(grad, weights, *others):
     return grad.new_empty(grad.shape), weights.new_empty(weights.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[1:], output[1])
-    ctx.mark_non_differentiable(output[1])
+    _, *kept = output
+    ctx.save_for_backward(*inputs[2:], *kept)
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # zeros for `hidden` would be as large as it is
 
 
-def _autograd(ctx, grad, _):
+def _autograd(ctx, grad, *_):
     if grad is None:
         return (None,) * 9
     grads = _backward(grad, *ctx.saved_tensors)

@@ -179,7 +179,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _split_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of a float32 and a bfloat16 matrix in float32, to 17 bits of a."""
     high = a.to(b.dtype)
-    return _product(high, b) + _product((a - high).to(b.dtype), b)
+    total = _product(high, b)
+    return torch.addmm(total, (a - high).to(b.dtype), b, out_dtype=total.dtype, out=total)
 
 
 @operator("router_logits")
