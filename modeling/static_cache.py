@@ -4,8 +4,8 @@ Keys and values lie in slots, as many as the cache was made for. Two kinds of ca
 
 - *Whole calls* (a prompt, or any forward that a user makes) write behind the last slot used, which the host counts, and
   attend to exactly the slots filled: the same tensors, and the same numbers, as with a cache that grows.
-- *Fixed steps* (`Slots.fixed`) write where the device says, row by row, and attend to a fixed number of slots, `reach`,
-  behind a mask. Nothing in them depends on a number that only the host knows. Taking tokens back is a smaller position.
+- *Fixed steps* (`Slots.fixed`) write where the device says, row by row, and attend to those of the first
+  `reach` slots that it names. Nothing in them depends on a number that only the host knows. Taking tokens back is a smaller position.
 
 Positions are not encoded, so which slot a key lies in does not matter.
 """
@@ -23,7 +23,7 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 from .cache import HybridCache, Mamba2CacheLayer
 from .cuda_graphs import CUDAGraphs
-from .token_layout import TokenLayout
+from .token_layout import SeenSlots, TokenLayout
 
 _SHORTEST_REACH = 256
 
@@ -72,20 +72,14 @@ class Slots:
         return min(reach, self.size)
 
     @contextlib.contextmanager
-    def fixed(self, tokens: int, reach: int, groups: int, ahead: int = 0) -> Iterator[TokenLayout]:
-        """A step of `tokens` tokens a row, `ahead` slots behind each row's next one; gives the layout for its forward.
-
-        Args:
-            groups: query heads for each key and value head.
-        """
+    def fixed(self, tokens: int, reach: int, ahead: int = 0) -> Iterator[TokenLayout]:
+        """A step of `tokens` tokens a row, `ahead` slots behind each row's next one; gives the layout for its forward."""
         assert self.positions is not None and self.there is not None
         device = self.positions.device
         self.index = self.positions.unsqueeze(1) + torch.arange(ahead, ahead + tokens, device=device)
         self.reach = reach
-        seen = torch.arange(reach, device=device) <= self.index.unsqueeze(-1)
-        mask = (seen & self.there[:, None, :reach]).repeat(1, groups, 1).unsqueeze(1)
         try:
-            yield TokenLayout(None, None, None, None, slot_mask=mask)
+            yield TokenLayout(None, None, None, None, SeenSlots(self.index, self.there[:, :reach]))
         finally:
             self.index = None
 
