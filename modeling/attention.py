@@ -78,7 +78,8 @@ class NemotronHAttention(nn.Module):
 
         if layout.seen_slots is not None:
             # Whatever `attn_implementation` reads whole calls.
-            out = decode_attention(query, key, value, layout.seen_slots.last, layout.seen_slots.there, self.scaling)
+            seen, scales = layout.seen_slots, cache.scales_of(self.layer_idx)
+            out = decode_attention(query, key, value, seen.last, seen.there, self.scaling, *scales)
             return self.o_proj(out.reshape(batch, length, -1)), None
         if layout.behind_past:
             seen = causal_lower_right(length, key.shape[2])

@@ -30,22 +30,22 @@ _IDLE_CACHES = 2
 _idle: weakref.WeakKeyDictionary[torch.nn.Module, list[tuple[tuple, StaticHybridCache]]] = weakref.WeakKeyDictionary()
 
 
-def borrow_cache(model, batch: int, tokens: int) -> StaticHybridCache:
+def borrow_cache(model, batch: int, tokens: int, kv_dtype: torch.dtype | None = None) -> StaticHybridCache:
     """An empty fixed-size cache for `batch` rows of at least `tokens` tokens: one from an earlier call, or a new one."""
-    kind = _cache_kind(model, batch)
+    kind = _cache_kind(model, batch, kv_dtype)
     idle = _idle.setdefault(model, [])
     fitting = [i for i, (made_for, cache) in enumerate(idle) if made_for == kind and cache.max_cache_len >= tokens]
     if fitting:
         cache = idle.pop(fitting[-1])[1]
         cache.reset()
         return cache
-    return StaticHybridCache(model.config, round_up(tokens))
+    return StaticHybridCache(model.config, round_up(tokens), kv_dtype)
 
 
 def give_back_cache(model, cache: StaticHybridCache, batch: int) -> None:
     """The call that borrowed a cache is over, and nobody else holds it."""
     idle = _idle.setdefault(model, [])
-    idle.append((_cache_kind(model, batch), cache))
+    idle.append((_cache_kind(model, batch, cache.kv_dtype), cache))
     del idle[:-_IDLE_CACHES]
 
 
@@ -54,9 +54,9 @@ def forget_idle_caches(model) -> None:
     _idle.pop(model, None)
 
 
-def _cache_kind(model, batch: int) -> tuple:
+def _cache_kind(model, batch: int, kv_dtype: torch.dtype | None) -> tuple:
     # Tensors made in inference mode cannot be written to outside of it.
-    return batch, model.dtype, model.device, torch.is_inference_mode_enabled()
+    return batch, kv_dtype, model.dtype, model.device, torch.is_inference_mode_enabled()
 
 
 def check_room_for(cache: StaticHybridCache, prompt: int, new: int, spare: int = 0) -> None:

@@ -201,11 +201,13 @@ def _combine_kernel(
     tl.store(out + row * WIDTH + d, sums.to(out.dtype.element_ty), mask=d_in)
 
 
-def _tiles(rows: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+def _tiles(rows: int, width: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Of a program: query rows, slots at a time, warps, and loads under way."""
     if dtype == torch.float32:
-        return min(block(rows), 32), 32, 4, 2
-    return min(block(rows), 128), 64 if rows <= 64 else 32, 4 if rows <= 32 else 8, 3
+        return 16, 16, 8, 1
+    wide = width > 128
+    R = min(block(rows), 64 if wide else 128)
+    return R, (64 if R <= 32 else 32) // (1 + wide), 4 if R * width <= 8192 else 8, 3
 
 
 def _splits(others: int, blocks: int, device: torch.device) -> int:
@@ -235,7 +237,7 @@ def _attend(
     last = last.contiguous()
     groups = heads // kv_heads
     rows = groups * seq
-    R, N, warps, stages = _tiles(rows, query.dtype)
+    R, N, warps, stages = _tiles(rows, width, query.dtype)
     row_blocks = triton.cdiv(rows, R)
     splits = _splits(batch * kv_heads * row_blocks, triton.cdiv(slots, N), query.device)
     means, weight = out, out
@@ -272,7 +274,7 @@ def _attend(
             T,
             R,
             N,
-            block(width),
+            block(width, 32 if pairs else 16),
             num_warps=warps,
             num_stages=stages,
         )
