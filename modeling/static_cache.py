@@ -4,8 +4,8 @@ Keys and values lie in slots, as many as the cache was made for. Two kinds of ca
 
 - *Whole calls* (a prompt, or any forward that a user makes) write behind the last slot used, which the host counts, and
   attend to exactly the slots filled: the same tensors, and the same numbers, as with a cache that grows.
-- *Fixed steps* (`Slots.fixed`) write where the device says, row by row, and attend to those of the first
-  `reach` slots that it names. Nothing in them depends on a number that only the host knows. Taking tokens back is a smaller position.
+- *Fixed steps* (`Slots.fixed`) write where the device says, row by row, and attend to those of the first `reach` slots that it
+  names. Nothing in them depends on a number that only the host knows. Taking tokens back is a smaller position.
 
 Keys and values may be kept in FP8 (`fp8_cache.py`). Whole calls dequantise what they attend to; in fixed steps attention reads
 them as they are stored.

@@ -42,7 +42,7 @@ def _pairs(words):
     return front.to(tl.float8e4nv, bitcast=True).to(tl.float16), behind.to(tl.float8e4nv, bitcast=True).to(tl.float16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "splits"])
 def _attend_kernel(
     query,
     key,
@@ -169,7 +169,7 @@ def _attend_kernel(
         tl.store(weight + row, most + tl.log2(total), mask=r_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "splits"])
 def _combine_kernel(
     means,
     weight,
