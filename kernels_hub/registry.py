@@ -34,6 +34,7 @@ from . import conventions
 from .reference.add_rms_norm import add_rms_norm as _add_rms_norm
 from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
 from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
+from .reference.decode_attention import decode_attention as _decode_attention
 from .reference.linear import small_batch_linear as _small_batch_linear
 from .reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from .reference.moe_experts import moe_experts as _moe_experts
@@ -267,6 +268,39 @@ def _relu_squared_limits(x: Tensor) -> str | None:
     return _dtype_of("x", x)
 
 
+def _decode_attention_limits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    last: Tensor,
+    there: Tensor | None,
+    scaling: float,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> str | None:
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return "the kernel has no gradient: call it under `torch.no_grad()`"
+    fp8 = key.dtype == torch.float8_e4m3fn
+    if value.dtype != key.dtype or (key.dtype != query.dtype and not fp8):
+        return f"`query`, `key` and `value` are {query.dtype}, {key.dtype} and {value.dtype}"
+    if fp8 != (k_scale is not None) or fp8 != (v_scale is not None):
+        return f"`key` and `value` are {key.dtype}: the kernel wants `k_scale` and `v_scale` with FP8, and only then"
+    if fp8 and query.is_cuda and _capability(query.device.index) < (8, 9):
+        return "FP8 needs a GPU of compute capability 8.9"
+    if fp8 and query.dtype != torch.float32:
+        for name, tensor in (("key", key), ("value", value)):
+            # A compiler cannot trace where a tensor begins; behind it, the kernel's view as pairs refuses what this would.
+            begins = 0 if torch.compiler.is_compiling() else tensor.storage_offset()
+            if any(n % 2 for n in (begins, tensor.shape[-1], *tensor.stride()[:-1])):
+                return f"`{name}` has rows of {tensor.shape[-1]} FP8 numbers that begin at odd places: they are read in pairs"
+    if query.shape[-1] > 256:
+        return f"head_dim {query.shape[-1]}, the kernel serves up to 256"
+    if query.shape[0] > 65535:
+        return f"`query` has {query.shape[0]} rows, a launch takes 65535"
+    holes = None if there is None else _dense_tail("there", there, 1)
+    return _dtype_of("query", query) or _dense_tail("key", key, 1) or _dense_tail("value", value, 1) or holes
+
+
 def _cross_entropy_limits(
     hidden: Tensor,
     weight: Tensor,
@@ -350,6 +384,7 @@ fp8_experts = Op("fp8_experts", _fp8_experts, _packed_experts_limits)
 linear_cross_entropy = Op("linear_cross_entropy", _linear_cross_entropy, _cross_entropy_limits)
 relu_squared = Op("relu_squared", _relu_squared, _relu_squared_limits)
 small_batch_linear = Op("small_batch_linear", _small_batch_linear, _small_linear_limits)
+decode_attention = Op("decode_attention", _decode_attention, _decode_attention_limits)
 # Made of other ops: where these kernels do not serve, what serves those does.
 causal_conv1d_replay = Op(
     "causal_conv1d_replay", functools.partial(_causal_conv1d_replay, conv=causal_conv1d), _conv_replay_limits
@@ -375,6 +410,7 @@ OPS: dict[str, Op] = {
         linear_cross_entropy,
         relu_squared,
         small_batch_linear,
+        decode_attention,
         causal_conv1d_replay,
         selective_state_replay,
         add_rms_norm,
@@ -555,6 +591,7 @@ def _example(op: str, device: torch.device, dtype: torch.dtype) -> tuple:
         "linear_cross_entropy": (t(2, 16), t(32, 16), t(2, dtype=torch.int64)),
         "relu_squared": (t(2, 16),),
         "small_batch_linear": (t(2, 16), t(8, 16)),
+        "decode_attention": (t(1, 4, 1, 16), t(1, 2, 8, 16), t(1, 2, 8, 16), t(1, 1, dtype=torch.int64), None, 0.25),
         "causal_conv1d_replay": (t(1, 16, 4), t(1, 3, 16), t(16, 4)),
         "selective_state_replay": (
             *(t(1, 2, 64, 128, dtype=real), t(1, 3, 2, 64), t(1, 3, 2, dtype=real), t(2)),

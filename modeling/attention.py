@@ -10,6 +10,7 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
+from ..kernels_hub.registry import decode_attention
 from .fp8_cache import cache_scales
 from .linear import NemotronHLinear, product_of
 from .token_layout import TokenLayout
@@ -42,25 +43,6 @@ def eager_attention(
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
-
-
-def attend_to_slots(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Few queries against the slots of a fixed-size cache, whatever `attn_implementation` reads whole prompts.
-
-    The query heads of a group are rows of one product with their keys, which are never repeated.
-
-    Args:
-        query: (batch, heads, seq, head_dim); key, value: (batch, kv_heads, slots, head_dim).
-        mask: (batch, 1, groups * seq, slots) bool, True where a query may see.
-
-    Returns:
-        (batch, seq, heads, head_dim).
-    """
-    batch, heads, length, width = query.shape
-    rows = query.reshape(batch, key.shape[1], -1, width)
-    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    # Not `view`: the order of the output's strides is that of the kernel that was chosen.
-    return out.reshape(batch, heads, length, width).transpose(1, 2)
 
 
 class NemotronHAttention(nn.Module):
@@ -100,8 +82,10 @@ class NemotronHAttention(nn.Module):
             # Packed documents never look back into the cache: they begin where it does.
             key, value = (t if layout.documents is None else t[:, :, :length] for t in cached)
 
-        if layout.slot_mask is not None:
-            out = attend_to_slots(query, key, value, layout.slot_mask, self.scaling)
+        if layout.seen_slots is not None:
+            # Whatever `attn_implementation` reads whole calls.
+            seen, scales = layout.seen_slots, cache.scales_of(self.layer_idx)
+            out = decode_attention(query, key, value, seen.last, seen.there, self.scaling, *scales)
             return product_of(self.o_proj, out.reshape(batch, length, -1), plus=(residual,)), None
         if layout.behind_past:
             seen = causal_lower_right(length, key.shape[2])

@@ -30,22 +30,22 @@ _IDLE_CACHES = 2
 _idle: weakref.WeakKeyDictionary[torch.nn.Module, list[tuple[tuple, StaticHybridCache]]] = weakref.WeakKeyDictionary()
 
 
-def borrow_cache(model, batch: int, tokens: int) -> StaticHybridCache:
+def borrow_cache(model, batch: int, tokens: int, kv_dtype: torch.dtype | None = None) -> StaticHybridCache:
     """An empty fixed-size cache for `batch` rows of at least `tokens` tokens: one from an earlier call, or a new one."""
-    kind = _cache_kind(model, batch)
+    kind = _cache_kind(model, batch, kv_dtype)
     idle = _idle.setdefault(model, [])
     fitting = [i for i, (made_for, cache) in enumerate(idle) if made_for == kind and cache.max_cache_len >= tokens]
     if fitting:
         cache = idle.pop(fitting[-1])[1]
         cache.reset()
         return cache
-    return StaticHybridCache(model.config, round_up(tokens))
+    return StaticHybridCache(model.config, round_up(tokens), kv_dtype)
 
 
 def give_back_cache(model, cache: StaticHybridCache, batch: int) -> None:
     """The call that borrowed a cache is over, and nobody else holds it."""
     idle = _idle.setdefault(model, [])
-    idle.append((_cache_kind(model, batch), cache))
+    idle.append((_cache_kind(model, batch, cache.kv_dtype), cache))
     del idle[:-_IDLE_CACHES]
 
 
@@ -54,9 +54,9 @@ def forget_idle_caches(model) -> None:
     _idle.pop(model, None)
 
 
-def _cache_kind(model, batch: int) -> tuple:
+def _cache_kind(model, batch: int, kv_dtype: torch.dtype | None) -> tuple:
     # Tensors made in inference mode cannot be written to outside of it.
-    return batch, model.dtype, model.device, torch.is_inference_mode_enabled()
+    return batch, kv_dtype, model.dtype, model.device, torch.is_inference_mode_enabled()
 
 
 def check_room_for(cache: StaticHybridCache, prompt: int, new: int, spare: int = 0) -> None:
@@ -91,7 +91,6 @@ class DecodeStep:
 
     def __init__(self, model, cache: StaticHybridCache, batch: int, attention_mask: Tensor | None):
         self.model, self.cache = model, cache
-        self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
         device = model.get_input_embeddings().weight.device
         self.tokens = cache.graphs.buffer("tokens", (batch, 1), torch.long, device)
         self.logits = cache.graphs.buffer("logits", (batch, model.config.vocab_size), torch.float32, device)
@@ -109,7 +108,7 @@ class DecodeStep:
     def compute(self, reach: int) -> None:
         """What is recorded: from `tokens` to `logits`, without the host."""
         slots, model = self.cache.slots, self.model
-        with slots.fixed(1, reach, self.groups) as layout:
+        with slots.fixed(1, reach) as layout:
             hidden = _backbone(model, self.cache, self.tokens, layout)
         assert slots.positions is not None
         slots.positions.add_(1)
@@ -212,10 +211,6 @@ class CapturedReader(GrowingReader):
 
     most = MOST_DEPTHS + 1  # tokens of the longest step
 
-    def __init__(self, model, cache: StaticHybridCache, attention_mask: Tensor | None):
-        super().__init__(model, cache, attention_mask)
-        self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
-
     def _head_cache(self) -> StaticMTPCache:
         cache = self.cache
         if cache.mtp is None:
@@ -270,7 +265,7 @@ class CapturedReader(GrowingReader):
     def _compute_first(self, waiting: int, reach: int) -> None:
         slots = self.head_slots
         embeds = self.model.get_input_embeddings()(self.following[:, :waiting])
-        with slots.fixed(waiting, reach, self.groups) as layout:
+        with slots.fixed(waiting, reach) as layout:
             hidden = self.model.mtp.apply_depth(0, self.hidden[:, :waiting], embeds, layout, cache=self.drafter.cache)
         newest = (self.kept - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
         self._leave_draft(hidden.gather(1, newest))
@@ -285,7 +280,7 @@ class CapturedReader(GrowingReader):
 
     def _compute_next(self, ahead: int, reach: int) -> None:
         embeds = self.model.get_input_embeddings()(self.draft_token)
-        with self.head_slots.fixed(1, reach, self.groups, ahead) as layout:
+        with self.head_slots.fixed(1, reach, ahead) as layout:
             self._leave_draft(self.model.mtp.apply_depth(0, self.draft, embeds, layout, cache=self.drafter.cache))
 
     def _leave_draft(self, hidden: Tensor) -> None:
@@ -302,7 +297,7 @@ class CapturedReader(GrowingReader):
 
     def _compute_read(self, before: int, count: int, reach: int) -> None:
         self.ahead.prepare(before, self.model.config.conv_kernel)
-        with self.cache.slots.fixed(count, reach, self.groups) as layout:
+        with self.cache.slots.fixed(count, reach) as layout:
             hidden = _backbone(self.model, self.cache, self.tokens_read[:, :count], layout)
         self.hidden[:, :count] = hidden
         self.read_logits[:, :count] = self.model.get_output_embeddings()(hidden)

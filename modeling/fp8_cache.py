@@ -21,6 +21,17 @@ logger = logging.get_logger(__name__)
 FP8 = torch.float8_e4m3fn
 
 
+def refuse_gradients(key_states: Tensor, value_states: Tensor) -> None:
+    """
+    Raises:
+        RuntimeError: gradients are wanted, which rounding to FP8 does not have.
+    """
+    if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+        raise RuntimeError(
+            "An FP8 cache keeps no gradient: run the model under `torch.no_grad()`, or without a cache."
+        )
+
+
 @dataclass(frozen=True)
 class Fp8Format:
     """How one layer's keys and values are stored: value = float8_e4m3fn * scale. Any cache may keep what `pack` gives.
@@ -55,7 +66,7 @@ class Fp8Format:
 
 
 def kv_dtype_of(cache_config: dict | None) -> torch.dtype:
-    """What `cache_implementation="quantized"` means for this model, from transformers' `cache_config`.
+    """What `cache_implementation="quantized"` means for this model, or "static" with a backend, from transformers' `cache_config`.
 
     Raises:
         ValueError: a backend other than "fp8" (which is also the default), or options, of which FP8 has none.
@@ -102,10 +113,7 @@ class Fp8CacheLayer(DynamicLayer):
         Raises:
             RuntimeError: gradients are wanted, which rounding to FP8 does not have.
         """
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise RuntimeError(
-                "An FP8 cache keeps no gradient: run the model under `torch.no_grad()`, or without a cache."
-            )
+        refuse_gradients(key_states, value_states)
         if self.format is None:
             self.format = Fp8Format.from_scales(k_scale, v_scale, key_states.device)
         self.store(*self.format.pack(key_states, value_states))

@@ -483,17 +483,24 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         # transformers' knows its length without an attention layer.
         given = model_kwargs.get("cache")
         wanted, kv_dtype = generation_config, None
+        fixed = wanted.cache_implementation == "static"
+        if wanted.cache_implementation == "quantized" or (fixed and "backend" in (wanted.cache_config or {})):
+            kv_dtype = kv_dtype_of(wanted.cache_config)
         # With a `compile_config` the fixed-size cache is transformers', and so is what compiles.
-        static = wanted.cache_implementation == "static" and wanted.compile_config is None
+        if fixed and kv_dtype is not None and wanted.compile_config is not None:
+            raise ValueError(
+                "`compile_config` compiles steps on transformers' own fixed-size cache, which knows no FP8: leave it out, or "
+                f"leave the backend out of `cache_config`, which is {wanted.cache_config}."
+            )
+        static = fixed and wanted.compile_config is None
         static = static and not wanted.is_assistant  # whose caches must crop
         if given is None and wanted.use_cache and static:
             rows = batch_size * max(wanted.num_beams, wanted.num_return_sequences)
             tokens = max(max_cache_length, wanted.max_cache_len or 0)
             tokens += MOST_DEPTHS if wanted.use_mtp else 0
-            model_kwargs["cache"] = borrow_cache(self, rows, tokens)
+            model_kwargs["cache"] = borrow_cache(self, rows, tokens, kv_dtype)
             return
         if given is None and wanted.use_cache and wanted.cache_implementation == "quantized":
-            kv_dtype = kv_dtype_of(wanted.cache_config)
             wanted = copy.copy(wanted)
             wanted.cache_implementation = None
         super()._prepare_cache_for_generation(wanted, model_kwargs, generation_mode, batch_size, max_cache_length)

@@ -17,6 +17,7 @@ from transformers.cache_utils import DummyLayer
 
 from .cache import HybridCache, Mamba2CacheLayer, check_cache
 from .fp8_cache import Fp8CacheLayer, Fp8Format
+from .static_cache import StaticFp8Layer
 
 _FORMAT = "nemotron_super.hybrid_cache.2"
 # Fields that say how a model was saved or is run, not what it computes.
@@ -145,7 +146,7 @@ def _states(layer) -> dict[str, torch.Tensor | None]:
     if isinstance(layer, DummyLayer):
         return {}
     states = {name: getattr(layer, name, None) for name in ("keys", "values")}
-    if isinstance(layer, Fp8CacheLayer):
+    if isinstance(layer, Fp8CacheLayer | StaticFp8Layer):
         scales = (None, None) if layer.format is None else (layer.format.k_scale, layer.format.v_scale)
         states |= dict(zip(("k_scale", "v_scale"), scales, strict=True))
     return states

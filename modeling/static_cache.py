@@ -4,8 +4,11 @@ Keys and values lie in slots, as many as the cache was made for. Two kinds of ca
 
 - *Whole calls* (a prompt, or any forward that a user makes) write behind the last slot used, which the host counts, and
   attend to exactly the slots filled: the same tensors, and the same numbers, as with a cache that grows.
-- *Fixed steps* (`Slots.fixed`) write where the device says, row by row, and attend to a fixed number of slots, `reach`,
-  behind a mask. Nothing in them depends on a number that only the host knows. Taking tokens back is a smaller position.
+- *Fixed steps* (`Slots.fixed`) write where the device says, row by row, and attend to those of the first `reach` slots that it
+  names. Nothing in them depends on a number that only the host knows. Taking tokens back is a smaller position.
+
+Keys and values may be kept in FP8 (`fp8_cache.py`). Whole calls dequantise what they attend to; in fixed steps attention reads
+them as they are stored.
 
 Positions are not encoded, so which slot a key lies in does not matter.
 """
@@ -23,7 +26,8 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 from .cache import HybridCache, Mamba2CacheLayer
 from .cuda_graphs import CUDAGraphs
-from .token_layout import TokenLayout
+from .fp8_cache import FP8, Fp8Format, refuse_gradients
+from .token_layout import SeenSlots, TokenLayout
 
 _SHORTEST_REACH = 256
 
@@ -72,20 +76,14 @@ class Slots:
         return min(reach, self.size)
 
     @contextlib.contextmanager
-    def fixed(self, tokens: int, reach: int, groups: int, ahead: int = 0) -> Iterator[TokenLayout]:
-        """A step of `tokens` tokens a row, `ahead` slots behind each row's next one; gives the layout for its forward.
-
-        Args:
-            groups: query heads for each key and value head.
-        """
+    def fixed(self, tokens: int, reach: int, ahead: int = 0) -> Iterator[TokenLayout]:
+        """A step of `tokens` tokens a row, `ahead` slots behind each row's next one; gives the layout for its forward."""
         assert self.positions is not None and self.there is not None
         device = self.positions.device
         self.index = self.positions.unsqueeze(1) + torch.arange(ahead, ahead + tokens, device=device)
         self.reach = reach
-        seen = torch.arange(reach, device=device) <= self.index.unsqueeze(-1)
-        mask = (seen & self.there[:, None, :reach]).repeat(1, groups, 1).unsqueeze(1)
         try:
-            yield TokenLayout(None, None, None, None, slot_mask=mask)
+            yield TokenLayout(None, None, None, None, SeenSlots(self.index, self.there[:, :reach]))
         finally:
             self.index = None
 
@@ -115,18 +113,29 @@ class StaticAttentionLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write (batch, kv_heads, tokens, head_dim); returns the keys and values to attend to."""
+        end = self._store(key_states, value_states)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _store(self, key_states: Tensor, value_states: Tensor) -> int:
+        """Write as `update` does; returns how many slots are attended to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         slots, index = self.slots, self.slots.index
         if index is not None:
             for stored, new in ((self.keys, key_states), (self.values, value_states)):
+                if new.dtype == FP8:  # which not every device can scatter
+                    stored, new = stored.view(torch.uint8), new.view(torch.uint8)
                 stored.scatter_(2, index[:, None, :, None].expand_as(new), new)
-            end = slots.reach
-        else:
-            end = slots.seen + key_states.shape[2]
-            self.keys[:, :, slots.seen : end] = key_states
-            self.values[:, :, slots.seen : end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
+            return slots.reach
+        end = slots.seen + key_states.shape[2]
+        self.keys[:, :, slots.seen : end] = key_states
+        self.values[:, :, slots.seen : end] = value_states
+        return end
+
+    @property
+    def scales(self) -> tuple[Tensor, ...]:
+        """What stored keys and values are multiplied by, () float32 each; nothing where they are stored as they came."""
+        return ()
 
     def get_seq_length(self) -> int:
         return self.slots.seen
@@ -157,6 +166,55 @@ class StaticAttentionLayer(CacheLayerMixin):
     def _map(self, function) -> None:
         if self.is_initialized:
             self.keys, self.values = function(self.keys), function(self.values)
+
+
+class StaticFp8Layer(StaticAttentionLayer):
+    """The same in FP8. The scales are those of the first call behind `reset`, at addresses that stay too."""
+
+    def __init__(self, slots: Slots):
+        super().__init__(slots)
+        self.format: Fp8Format | None = None
+        self._takes_scales = True
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor]:
+        """Write; returns what to attend to: dequantised in a whole call, in a fixed step as it is stored, to go with `scales`.
+
+        Args:
+            key_states, value_states: (batch, kv_heads, new, head_dim).
+            k_scale, v_scale: () float32, of this layer; None for 1.
+
+        Raises:
+            RuntimeError: gradients are wanted, which rounding to FP8 does not have.
+        """
+        refuse_gradients(key_states, value_states)
+        if self._takes_scales:
+            wanted = Fp8Format.from_scales(k_scale, v_scale, key_states.device)
+            if self.format is None:
+                self.format = wanted
+            else:
+                self.format.k_scale.copy_(wanted.k_scale)
+                self.format.v_scale.copy_(wanted.v_scale)
+            self._takes_scales = False
+        assert self.format is not None
+        end = self._store(*self.format.pack(key_states, value_states))
+        stored = self.keys[:, :, :end], self.values[:, :, :end]
+        return stored if self.slots.index is not None else self.format.unpack(*stored, key_states.dtype)
+
+    @property
+    def scales(self) -> tuple[Tensor, ...]:
+        return () if self.format is None else (self.format.k_scale, self.format.v_scale)
+
+    def reset(self) -> None:
+        """The next call brings scales of its own."""
+        self._takes_scales = True
 
 
 class ReadAhead:
@@ -202,6 +260,10 @@ class StaticHybridCache(HybridCache):
     Args:
         config: the model's configuration.
         max_cache_len: tokens of each row, padding included.
+        kv_dtype: as in `HybridCache`; in `generate`, ask with `cache_config={"backend": "fp8"}` beside it.
+
+    Raises:
+        ValueError: no room for a token, or another `kv_dtype`.
 
     Example:
 
@@ -216,13 +278,14 @@ class StaticHybridCache(HybridCache):
     ```
     """
 
-    def __init__(self, config: NemotronHConfig, max_cache_len: int):
+    def __init__(self, config: NemotronHConfig, max_cache_len: int, kv_dtype: torch.dtype | None = None):
         if max_cache_len < 1:
             raise ValueError(f"`max_cache_len` is {max_cache_len}: a cache needs room for at least one token.")
-        super().__init__(config)
+        super().__init__(config, kv_dtype=kv_dtype)
         self.slots = Slots(max_cache_len)
+        attention = StaticAttentionLayer if kv_dtype is None else StaticFp8Layer
         made = {
-            "full_attention": lambda: StaticAttentionLayer(self.slots),
+            "full_attention": lambda: attention(self.slots),
             "linear_attention": StaticMamba2Layer,
         }
         self.layers = [made.get(kind, DummyLayer)() for kind in config.layers_block_type]
@@ -251,6 +314,10 @@ class StaticHybridCache(HybridCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Number of keys that `query_length` new positions may see, and the position of the first of them."""
         return self.slots.seen + query_length, 0
+
+    def scales_of(self, layer_idx: int) -> tuple[Tensor, ...]:
+        """`scales` of an attention layer."""
+        return self.layers[layer_idx].scales
 
     def check_room(self, length: int) -> None:
         """Refuse a whole call that does not fit.
@@ -309,6 +376,10 @@ class StaticMTPCache(Cache):
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         return super().update(key_states, value_states, layer_idx - self._first_layer, *args, **kwargs)
+
+    def scales_of(self, layer_idx: int) -> tuple[Tensor, ...]:
+        """`scales` of an attention layer."""
+        return self.layers[layer_idx - self._first_layer].scales
 
     def note_tokens(self, count: int) -> None:
         """Called once per whole application of the head."""

@@ -69,6 +69,18 @@ def _expand(index: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass
+class SeenSlots:
+    """What the queries of a fixed step see of the slots of a fixed-size cache: those up to their own, except for holes."""
+
+    last: Tensor  # (batch, seq) int64: each query's own slot
+    there: Tensor  # (batch, slots) bool: False where a prompt had padding
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SeenSlots:
+        """The same on another device."""
+        return SeenSlots(*(_moved(getattr(self, field.name), device, non_blocking) for field in fields(self)))
+
+
+@dataclass
 class TokenLayout:
     """Shared by all layers of one forward."""
 
@@ -76,8 +88,7 @@ class TokenLayout:
     padding: Padding | None  # None when every position of every row is a token
     seq_idx: Tensor | None  # (batch, seq) document ids, or None when each row is one document
     documents: list[tuple[int, int, int]] | None  # (row, start, end) of each, to attend one by one
-    # (batch, 1, groups * seq, slots) bool, in a fixed step: the slots that each query head of a group sees at each position
-    slot_mask: Tensor | None = None
+    seen_slots: SeenSlots | None = None  # in a fixed step only
     # whether this call's queries stand behind cached keys without any padding, and are attended to without a mask
     behind_past: bool = False
 

@@ -164,6 +164,24 @@ def cases() -> list[tuple]:
         build = lambda n=n: (rand(1, CHANNELS, 4), rand(1, n, CHANNELS), rand(CHANNELS, 4), rand(CHANNELS))  # noqa: E731
         moved = (9 + 2 * n) * CHANNELS * BF16
         found.append(("causal_conv1d_replay", f"{n}", build, r.causal_conv1d_replay, moved, 0, 24, True))
+    for b, slots, dtype in (
+        (1, 8192, "bf16"),
+        (8, 8192, "bf16"),
+        (1, 131072, "bf16"),
+        (1, 8192, "fp8"),
+        (1, 131072, "fp8"),
+    ):
+        narrow = torch.float8_e4m3fn if dtype == "fp8" else torch.bfloat16
+        build = lambda b=b, slots=slots, narrow=narrow: (  # noqa: E731
+            rand(b, 32, 1, 128),
+            *(rand(b, 2, slots, 128).to(narrow) for _ in range(2)),
+            torch.full((b, 1), slots - 1, device="cuda"),
+            torch.ones(b, slots, dtype=torch.bool, device="cuda"),
+            128**-0.5,
+            *(torch.ones((), device="cuda") for _ in range(2 * (narrow != torch.bfloat16))),
+        )
+        moved, flops = 2 * b * 2 * slots * 128 * narrow.itemsize, 4 * b * 32 * slots * 128
+        found.append(("decode_attention", f"{b} x {slots} {dtype}", build, r.decode_attention, moved, flops, 12, True))
     for n in (1, 4, 16, 64):
         for which, out, width in (
             ("in", 2 * HEADS * HEAD_DIM + 2 * GROUPS * STATE + HEADS, HIDDEN),

@@ -62,6 +62,12 @@ def expert_inputs(tokens=3, experts=4, index=None):
     return normal(tokens, 16), index, weights, normal(experts, 8, 16), normal(experts, 16, 8)
 
 
+def attention_inputs():
+    last = torch.arange(3, 6, device=DEVICE).expand(3, -1).contiguous()
+    there = torch.rand(3, 7, device=DEVICE) < 0.8
+    return normal(3, 6, 3, 16), normal(3, 3, 7, 16), normal(3, 3, 7, 16), last, there, 0.25
+
+
 # (op, arguments, which of them is torn apart, along which dimension)
 FAR_APART = [
     ("rms_norm", lambda: (normal(3, 16), normal(16), 1e-5), 0, 0),
@@ -85,6 +91,7 @@ FAR_APART = [
     ("ssd_chunk_scan", scan_inputs, 1, 1),
     ("ssd_chunk_scan", scan_inputs, 3, 2),
     ("ssd_chunk_scan", scan_inputs, 4, 1),
+    *(("decode_attention", attention_inputs, which, dim) for which in (0, 1, 2) for dim in (0, 1, 2)),
     ("small_batch_linear", lambda: (normal(3, 16), normal(8, 16)), 0, 0),
     ("small_batch_linear", lambda: (normal(16, 16), normal(3, 16)), 1, 0),
     ("moe_experts", expert_inputs, 0, 0),

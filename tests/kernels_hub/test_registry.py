@@ -48,14 +48,21 @@ def test_models_call_the_registry(make_model, monkeypatch):
     for recipe in ("nvfp4", "fp8"):
         model = make_model("E", hidden_size=32, moe_latent_size=16, moe_intermediate_size=16)
         quantize_model(model, NVFP4Config(recipe=recipe))(torch.tensor([[3, 4, 5]]))
-    # For training, for drafted tokens, and what nothing calls before it was measured on a GPU.
-    others = {"linear_cross_entropy", "causal_conv1d_replay", "selective_state_replay", "add_rms_norm"}
+    # For training, for drafted tokens, for caches of fixed size, and what nothing calls before it was measured on a GPU.
+    others = {
+        "linear_cross_entropy",
+        "causal_conv1d_replay",
+        "selective_state_replay",
+        "add_rms_norm",
+        "decode_attention",
+    }
     assert served == set(registry.OPS) - others
     served.clear()
     model = make_model("MEM*E", num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*E")
     ids = torch.tensor([[3, 4, 5]])
     model.train()(ids, labels=ids)
     model.eval().generate(ids, max_new_tokens=6, min_new_tokens=6, use_mtp=True)
+    model.generate(ids, max_new_tokens=3, min_new_tokens=3, cache_implementation="static")
     assert served >= others - {"add_rms_norm"}
 
 

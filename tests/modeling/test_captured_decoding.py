@@ -4,11 +4,9 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nemotron_super.modeling import captured_decoding
-from nemotron_super.modeling.attention import attend_to_slots
 from nemotron_super.modeling.captured_decoding import CapturedReader, DecodeStep, borrow_cache, forget_idle_caches
 from nemotron_super.modeling.cuda_graphs import why_not_recorded
 from nemotron_super.modeling.snapshot import load_snapshot, save_snapshot
@@ -127,18 +125,6 @@ def test_drafts_give_the_same_text(
 
     drafts = {"use_mtp": True, "num_assistant_tokens": depth, "num_assistant_tokens_schedule": schedule}
     assert write(cache_implementation="static", **drafts) == write()
-
-
-def test_strides_of_attention(monkeypatch):
-    """Some of torch's attention kernels give their output with the heads behind the tokens."""
-    query, key, value = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
-    mask = torch.rand(2, 1, 6, 5) < 0.7
-    mask[..., 0] = True
-    expected = attend_to_slots(query, key, value, mask, 0.3)
-    plain = F.scaled_dot_product_attention
-    turned = lambda *a, **k: plain(*a, **k).transpose(1, 2).contiguous().transpose(1, 2)  # noqa: E731
-    monkeypatch.setattr(F, "scaled_dot_product_attention", turned)
-    assert attend_to_slots(query, key, value, mask, 0.3).equal(expected)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -45,6 +45,17 @@ def ask(model, rows, length, new, **extra):
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("way", WAYS, ids=str)
+def test_fp8_keys_and_values(gpu_model, way, rows):
+    """Read as they are stored, against the cache that grows and dequantises them."""
+    model = gpu_model(torch.float32)
+    for length in (9, 70, 33):
+        expected = ask(model, rows, length, 48, cache_implementation="quantized")
+        found = ask(model, rows, length, 48, cache_implementation="static", cache_config={"backend": "fp8"}, **way)
+        assert found.equal(expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("way", WAYS, ids=str)
 def test_float32(gpu_model, way, rows):
     """Three prompts one after another: the later ones are replayed from their first token on."""
     model = gpu_model(torch.float32)

@@ -5,14 +5,18 @@ import copy
 import pytest
 import torch
 from nemotron_super import HybridCache, NVFP4Config, calibrate, quantize_model, simulate_activations
+from nemotron_super.modeling import attention
 from nemotron_super.modeling.fp8_cache import FP8, Fp8CacheLayer, Fp8Format, cache_scales
 from nemotron_super.modeling.quantized_layers import CacheScaledLinear
 from nemotron_super.modeling.snapshot import load_snapshot, save_snapshot
+from nemotron_super.modeling.static_cache import StaticFp8Layer, StaticHybridCache
 from peft import LoraConfig, get_peft_model
+from transformers import CompileConfig
 
 SIZES = {"hidden_size": 32, "moe_latent_size": 16, "moe_intermediate_size": 32, "intermediate_size": 48}
 MTP = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
 PATTERN = "*E*M-"
+STATIC = {"cache_implementation": "static", "cache_config": {"backend": "fp8"}}
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -83,10 +87,12 @@ def test_half_the_bytes(model):
     assert keys.dtype == values.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("change", ["select", "repeat", "reorder", "offload", "copy", "reset"])
-def test_rows_and_places(change, model):
+def test_rows_and_places(change, fixed, model):
     ids, more = tokens(3, 9), tokens(3, 4, 1)
-    cache, rows = in_calls(model, ids, [6, 3])[1], torch.arange(3)
+    empty = StaticHybridCache(model.config, 20, kv_dtype=FP8) if fixed else None
+    cache, rows = in_calls(model, ids, [6, 3], empty)[1], torch.arange(3)
     if change == "select":
         rows = torch.tensor([2, 0])
         cache.batch_select_indices(rows)
@@ -157,6 +163,91 @@ def test_generate(options, model):
     assert found.sequences.equal(expected)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"use_mtp": True}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 3}, {"prefill_chunk_size": 4}]
+)
+def test_generate_with_a_fixed_size(options, model):
+    """In the same cache, of fixed size: the tokens of the one that grows."""
+    ids = tokens(1, 9)
+    expected = model.generate(ids, cache_implementation="quantized", **GREEDY, **options)
+    for _ in range(2):  # the second time in the cache of the first
+        assert model.generate(ids, **STATIC, **GREEDY, **options).equal(expected)
+    found = model.generate(ids, return_dict_in_generate=True, **STATIC, **GREEDY, **options)
+    layer = found.cache.layers[0]
+    assert found.sequences.equal(expected) and type(layer) is StaticFp8Layer
+    assert layer.keys.dtype == layer.values.dtype == FP8 == found.cache.kv_dtype
+    # It goes on, and is not given to those who ask for another.
+    turn = torch.cat([found.sequences, tokens(1, 3, 4)], 1)
+    if "num_beams" not in options:
+        expected = model.generate(turn, cache_implementation="quantized", **GREEDY)
+        assert model.generate(turn, cache=found.cache, **GREEDY).equal(expected)
+    plain = model.generate(ids, cache_implementation="static", return_dict_in_generate=True, **GREEDY)
+    assert type(plain.cache.layers[0]) is not StaticFp8Layer
+
+
+@pytest.mark.parametrize("drafts", [{}, {"use_mtp": True, "num_assistant_tokens": 5}], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_a_fixed_size(seed, drafts, model):
+    """Padding, rows that go on from places of their own, and rows that end."""
+    ids = tokens(3, 8, seed)
+    mask = (torch.arange(8) >= torch.tensor([[0], [3], [5]])).long()
+    options = GREEDY | {"attention_mask": mask, "eos_token_id": list(range(10)), "max_new_tokens": 20}
+    ids = ids.masked_fill(mask == 0, 0)
+    expected = model.generate(ids, cache_implementation="quantized", **options)
+    assert model.generate(ids, **STATIC, **options, **drafts).equal(expected)
+
+
+@torch.no_grad()
+def test_fixed_steps_attend_to_what_is_stored(model, monkeypatch):
+    """FP8 goes in as it lies there, with the scales; nobody dequantises all slots."""
+    seen = []
+
+    def note(query, key, value, *args):
+        seen.append((key, value, *args[3:]))
+        return call(query, key, value, *args)
+
+    call = attention.decode_attention
+    monkeypatch.setattr(attention, "decode_attention", note)
+    found = model.generate(tokens(1, 9), return_dict_in_generate=True, **STATIC, **GREEDY)
+    layer, mixer = found.cache.layers[0], model.model.layers[0].mixer
+    key, value, k_scale, v_scale = seen[0]
+    assert key.dtype == value.dtype == FP8 and key.data_ptr() == layer.keys.data_ptr()
+    assert k_scale.equal(mixer.k_proj.k_scale) and v_scale.equal(mixer.v_proj.v_scale)
+    assert len(seen) == 11 * 2
+
+
+@torch.no_grad()
+def test_scales_measured_again(model):
+    """A cache that is used again takes them, where recorded steps look for them."""
+    ids = tokens(1, 9)
+    cache = StaticHybridCache(model.config, 64, kv_dtype=FP8)
+    feed(model, cache, ids)
+    places = [t.data_ptr() for t in cache.layers[0].scales]
+    for module in model.modules():
+        if isinstance(module, CacheScaledLinear):
+            getattr(module, module.cache_scale).mul_(8)
+    before = [t.clone() for t in cache.layers[0].scales]
+    feed(model, cache, ids[:, :1])
+    assert all(a.equal(b) for a, b in zip(cache.layers[0].scales, before, strict=True))
+    cache.reset()
+    assert feed(model, cache, ids).equal(feed(model, HybridCache(model.config, kv_dtype=FP8), ids))
+    assert all(a.equal(8 * b) for a, b in zip(cache.layers[0].scales, before, strict=True))
+    assert [t.data_ptr() for t in cache.layers[0].scales] == places
+
+
+def test_tokens_taken_back_from_a_fixed_size(model):
+    ids, draft, last = tokens(2, 7), tokens(2, 5, 1), tokens(2, 3, 2)
+    cache = StaticHybridCache(model.config, 32, kv_dtype=FP8)
+    cache.activate_past_recording()
+    feed(model, cache, ids)
+    cache.crop(0)
+    feed(model, cache, draft)
+    cache.crop(-3)
+    found = feed(model, cache, last)
+    expected = in_calls(model, torch.cat([ids, draft[:, :2], last], 1), [12])[0][:, -3:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_only_where_asked_for(model, tmp_path):
     """The scales alone change nothing; the generation config may ask, and is saved with the model."""
     ids = tokens(2, 9)
@@ -215,13 +306,32 @@ def test_snapshot(model, tmp_path):
             load_snapshot(tmp_path / "a.safetensors", model, kv_dtype=None if kv_dtype else FP8)
 
 
+def test_snapshot_of_a_fixed_size(model, tmp_path):
+    """Only what is filled, to be continued in a cache that grows."""
+    found = model.generate(tokens(1, 9), return_dict_in_generate=True, use_mtp=True, **STATIC, **GREEDY)
+    save_snapshot(found.cache, tmp_path / "a.safetensors", model)
+    again = load_snapshot(tmp_path / "a.safetensors", model, kv_dtype=FP8)
+    assert again.layers[0].keys.shape[2] == 20 and again.layers[0].keys.dtype == FP8
+    assert again.layers[0].format.k_scale.equal(found.cache.layers[0].format.k_scale)
+    more = tokens(1, 4, 1)
+    torch.testing.assert_close(feed(model, again, more), feed(model, found.cache, more), rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_refused(model):
     with pytest.raises(ValueError, match=r"`kv_dtype` is torch\.float16"):
         HybridCache(model.config, kv_dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"`kv_dtype` is torch\.float16"):
+        StaticHybridCache(model.config, 9, kv_dtype=torch.float16)
     ids = tokens(1, 4)
+    with pytest.raises(ValueError, match="backend 'quanto'"):
+        model.generate(ids, cache_implementation="static", cache_config={"backend": "quanto"}, **GREEDY)
+    with pytest.raises(ValueError, match="compile_config"):
+        model.generate(ids, compile_config=CompileConfig(), **STATIC, **GREEDY)
     with pytest.raises(ValueError, match="backend 'quanto'"):
         model.generate(ids, cache_implementation="quantized", cache_config={"backend": "quanto"}, **GREEDY)
     with pytest.raises(ValueError, match="has nbits"):
         model.generate(ids, cache_implementation="quantized", cache_config={"nbits": 4}, **GREEDY)
     with pytest.raises(RuntimeError, match="no_grad"):
         model(ids, cache=HybridCache(model.config, kv_dtype=FP8))
+    with pytest.raises(RuntimeError, match="no_grad"):
+        model(ids, cache=StaticHybridCache(model.config, 9, kv_dtype=FP8))

@@ -68,6 +68,24 @@ def test_convolution(ops):
     close(torch.stack(steps, 1), expected, 1e-5)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_attention_to_slots(ops, narrow):
+    query, key, value = rand(2, 8, 3, 64).bfloat16(), rand(2, 2, 500, 64).bfloat16(), rand(2, 2, 500, 64).bfloat16()
+    last = torch.tensor([[400, 401, 402], [7, 8, 9]], device="cuda")
+    there = rand(2, 500) < 1
+    scales = ()
+    if narrow:
+        key, value = key.to(torch.float8_e4m3fn), value.to(torch.float8_e4m3fn)
+        scales = torch.tensor(0.5, device="cuda"), torch.tensor(2.0, device="cuda")
+    wide_key, wide_value = key.double().repeat_interleave(4, 1), value.double().repeat_interleave(4, 1)
+    if narrow:
+        wide_key, wide_value = 0.5 * wide_key, 2.0 * wide_value
+    seen = (torch.arange(500, device="cuda") <= last[..., None]) & there[:, None]
+    scores = (0.3 * query.double() @ wide_key.mT).masked_fill(~seen[:, None], -torch.inf)
+    found = ops.decode_attention(query, key, value, last, there, 0.3, *scales)
+    close(found, (scores.softmax(-1) @ wide_value).transpose(1, 2), 1e-2)
+
+
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_mixture_of_experts(ops, tokens):
     x, up, down = rand(tokens, 64).bfloat16(), rand(8, 96, 64).bfloat16(), rand(8, 64, 96).bfloat16()
