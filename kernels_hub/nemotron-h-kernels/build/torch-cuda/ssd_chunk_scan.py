@@ -1,4 +1,4 @@
-"""The Mamba-2 chunked scan and its gradient: one program walks one head of one row through the whole sequence.
+"""The Mamba-2 chunked scan and its gradient: a program walks one head of one row through the whole sequence.
 
     H_t = exp(dt_t A) H_{t-1} + dt_t x_t B_t^T          y_t = H_t C_t + D x_t
 
@@ -31,12 +31,16 @@ from ._ops import add_op_namespace_prefix, ops
 # head_dim and state_size of all published Nemotron-H models. Compiled by Triton 3.6 with smaller blocks, a product in the
 # backward reads out of bounds (compute-sanitizer says so at 20 x 3), so other sizes are refused.
 COMPILED_SIZES = (64, 128)
-# Positions a chunk, warps and pipeline stages. Tensor cores are busy from 64 positions on; exponentials cost chunk^2.
-_CHUNK, _WARPS, _STAGES = 64, 4, 2
-_BACKWARD_CHUNK = 64
-_QUERIES, _KEYS = (4, 1), (4, 1)  # warps and pipeline stages
-_TOGETHER = 16  # heads of a group whose gradients of B and C one program of the backward adds up, at most
-_WALK_COLUMNS, _WALK_WARPS, _WALK_STAGES = 64, 4, 2  # of a state that one program of the backward carries along
+# Tensor cores are busy from chunks of 64 positions on; exponentials cost chunk^2.
+_CHUNK, _BACKWARD_CHUNK = 64, 64
+# The forward: rows of a state (of head_dim) that a program carries along, warps, pipeline stages.
+_ROWS, _WARPS, _STAGES = 32, 4, 2
+# The backward's walks: columns of a state (of state_size) that a program carries along, warps, pipeline stages.
+# So few registers that all programs of a row of Super are in progress at once, four a multiprocessor.
+_WALK_COLUMNS, _WALK_WARPS, _WALK_STAGES, _WALK_REGISTERS = 64, 4, 2, 128
+_TOGETHER = 16  # heads of a group whose gradients of B and C a program of the backward adds up, at most
+_QUERIES, _KEYS = (4, 1), (4, 1)  # warps and pipeline stages of these kernels
+LOG2_E = tl.constexpr(math.log2(math.e))
 _SEGMENT = 4096  # rows times positions of the backward whose states and partial gradients exist at once
 
 
@@ -111,10 +115,10 @@ def _ids(seq_idx, start, end, i, L: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _decays(dt, a, i, ids, before, last, PACKED: tl.constexpr, L: tl.constexpr):
-    """Log decay up to each position, decay from the incoming state, to the outgoing state, over the whole chunk."""
-    log = tl.cumsum(dt * a, 0)
+    """Log2 of the decay up to each position, decay from the incoming state, to the outgoing state, over the whole chunk."""
+    log = tl.cumsum(dt * (a * LOG2_E), 0)
     total = tl.sum(tl.where(i == L - 1, log, 0.0), 0)
-    from_start, to_end, across = tl.exp(log), tl.exp(total - log), tl.exp(total)
+    from_start, to_end, across = tl.exp2(log), tl.exp2(total - log), tl.exp2(total)
     if PACKED:
         from_start = tl.where(ids == before, from_start, 0.0)
         to_end = tl.where(ids == last, to_end, 0.0)
@@ -124,14 +128,14 @@ def _decays(dt, a, i, ids, before, last, PACKED: tl.constexpr, L: tl.constexpr):
 
 @triton.jit
 def _mask(log, i, ids, PACKED: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """exp(sum of dt A over (key, query]) where the query may see the key, else zero: [query, key] or [key, query]."""
+    """Decay over (key, query] where the query may see the key, else zero: [query, key] or [key, query]."""
     if KEYS_FIRST:
         visible, sums = i[:, None] <= i[None, :], log[None, :] - log[:, None]
     else:
         visible, sums = i[:, None] >= i[None, :], log[:, None] - log[None, :]
     if PACKED:
         visible = visible & (ids[:, None] == ids[None, :])
-    return tl.exp(tl.where(visible, sums, float("-inf")))
+    return tl.exp2(tl.where(visible, sums, float("-inf")))
 
 
 @triton.jit
@@ -175,7 +179,7 @@ def _scan_kernel(
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     group = head // per_group
-    i, p, n = tl.arange(0, L), tl.arange(0, BP), tl.arange(0, BN)
+    i, p, n = tl.arange(0, L), tl.program_id(1) * BP + tl.arange(0, BP), tl.arange(0, BN)
     p_in, n_in = p < P, n < N
     in_state = p[:, None] * N + n[None, :]
     state_mask = p_in[:, None] & n_in[None, :]
@@ -192,13 +196,14 @@ def _scan_kernel(
     if HAS_INITIAL:
         state += tl.load(initial + row * (P * N) + in_state, mask=state_mask, other=0.0)
     seq_idx += batch * length if PACKED else 0
-    for start in range(begin, end, L):
+    next_x = _tile(x, begin + i, x_seq, begin + i < end, p, p_in)
+    for start in tl.range(begin, end, L, disable_licm=True):
         t = start + i
         inside = t < end
+        x_c, next_x = next_x, _tile(x, t + L, x_seq, t + L < end, p, p_in)
         dt_c = tl.load(dt + t.to(tl.int64) * dt_seq, mask=inside, other=0.0).to(tl.float32)
         ids, before, last = _ids(seq_idx, start, end, i, L, PACKED)
         log, from_start, to_end, across = _decays(dt_c, a, i, ids, before, last, PACKED, L)
-        x_c = _tile(x, t, x_seq, inside, p, p_in)
         B_c = _tile(B, t, B_seq, inside, n, n_in)
         if WITH_Y:
             C_c = _tile(C, t, C_seq, inside, n, n_in)
@@ -246,15 +251,19 @@ def _walk(
     state_mask = p_in[:, None] & n_in[None, :]
     halves: tl.constexpr = 1 if EXACT else 2
     chunks = (end - begin + L - 1) // L
-    for step in range(0, chunks):
+    t = begin + (chunks - 1 if BACK else 0) * L + i
+    next_rows = _tile(rows, t, rows_seq, t < end, p, p_in)
+    for step in tl.range(0, chunks, disable_licm=True):
         chunk = chunks - 1 - step if BACK else step
         start = begin + chunk * L
         t = start + i
         inside = t < end
+        rows_c = next_rows.to(tl.float32)
+        next_t = t - L if BACK else t + L
+        next_rows = _tile(rows, next_t, rows_seq, (next_t >= begin) & (next_t < end), p, p_in)
         dt_c = tl.load(dt + t.to(tl.int64) * dt_seq, mask=inside, other=0.0).to(tl.float32)
         ids, before, last = _ids(seq_idx, start, end, i, L, PACKED)
         _, from_start, to_end, across = _decays(dt_c, a, i, ids, before, last, PACKED, L)
-        rows_c = _tile(rows, t, rows_seq, inside, p, p_in).to(tl.float32)
         columns_c = _tile(columns, t, columns_seq, inside, n, n_in)
         place = states + chunk * (halves * P * N) + p[:, None] * N + n[None, :]
         high, low = _halves(state, EXACT)
@@ -430,7 +439,7 @@ def _queries_kernel(
     grad_y += (batch * length + start) * heads * P
     C_c = _tile(C + batch * C_batch + start.to(tl.int64) * C_seq + group * C_group, i, C_seq, inside, n, n_in)
     d_C = tl.zeros([L, BN], tl.float32)
-    for head in range(first, first + TOGETHER):
+    for head in tl.range(first, first + TOGETHER, disable_licm=True):  # what it hoists has no room in registers
         place = ((batch * heads + head) * tl.num_programs(0) + chunk) * (halves * P * N)
         a = tl.load(A + head).to(tl.float32)
         dt_c = tl.load(dt + i * dt_seq + head, mask=inside, other=0.0).to(tl.float32)
@@ -531,7 +540,7 @@ def _keys_kernel(
     C_c = _tile(C + batch * C_batch + start.to(tl.int64) * C_seq + group * C_group, i, C_seq, inside, n, n_in)
     d_scores = tl.zeros([L, L], tl.float32)
     d_B = tl.zeros([L, BN], tl.float32)
-    for head in range(first, first + TOGETHER):
+    for head in tl.range(first, first + TOGETHER, disable_licm=True):  # what it hoists has no room in registers
         row = batch * heads + head
         place = (row * tl.num_programs(0) + chunk) * (halves * P * N)
         a = tl.load(A + head).to(tl.float32)
@@ -540,6 +549,7 @@ def _keys_kernel(
         x_c = _tile(x + head * x_head, i, x_seq, inside, p, p_in)
         dy = _tile(grad_y + head * P, i, heads * P, inside, p, p_in)
         x_f, dy_f = x_c.to(tl.float32), dy.to(tl.float32)
+        tl.store(part_D + row * tl.num_programs(0) + chunk, tl.sum(tl.sum(x_f * dy_f, 1), 0))
 
         # The state that leaves takes dt x B^T, weighted with the decay to the end.
         high = tl.load(leaving_states + place + in_state, mask=state_mask, other=0.0)
@@ -551,26 +561,25 @@ def _keys_kernel(
 
         # Inside the chunk: y = (S * decay)^T (dt x), with S = B C^T.
         decay = _mask(log, i, ids, PACKED, True)
-        scores = _product(B_c, tl.trans(C_c), EXACT) * decay
-        d_u = _add_product(scores.to(dy.dtype), dy, d_u, EXACT)
+        weights = _product(B_c, tl.trans(C_c), EXACT) * decay
+        d_u = _add_product(weights.to(dy.dtype), dy, d_u, EXACT)
         d_x = d_u * dt_c[:, None] + tl.load(D + head).to(tl.float32) * dy_f
         place = grad_x + head * P + i[:, None] * (heads * P) + p[None, :]
         tl.store(place, d_x.to(grad_x.dtype.element_ty), mask=inside[:, None] & p_in[None, :])
-        pairs = _product(x_c, tl.trans(dy), EXACT)
-        d_scores += pairs * decay * dt_c[:, None]
-        pairs *= scores
+        pairs = _product(x_c, tl.trans(dy), EXACT) * decay
+        d_scores += pairs * dt_c[:, None]
+        pairs *= _product(B_c, tl.trans(C_c), EXACT)  # once more, since there are no registers to keep it in
         d_dt += tl.sum(pairs, 1)
 
         # Gradient of dt_k A: every path from before k to k or after. Sums over j < k as products with a triangle of ones:
         # as differences of row and column sums they cancel badly where a position mostly sees itself.
-        high, low = _halves(tl.where(i[:, None] < i[None, :], pairs * dt_c[:, None], 0.0), EXACT)
+        high, low = _halves(pairs * dt_c[:, None], EXACT)
         before_k = (i[:, None] > i[None, :]).to(tl.float32).to(x_c.dtype)
         crossing = _product_right_halves(before_k, high, low, EXACT)
         d_log = tl.sum(tl.where(i[:, None] <= i[None, :], crossing, written[None, :]), 1)
         d_log += tl.load(part_log + row * (end - begin) + chunk * L + i, mask=inside, other=0.0)
         tl.store(grad_dt + i * heads + head, (d_dt + d_log * a).to(grad_dt.dtype.element_ty), mask=inside)
         tl.store(part_A + row * tl.num_programs(0) + chunk, tl.sum(d_log * dt_c, 0))
-        tl.store(part_D + row * tl.num_programs(0) + chunk, tl.sum(tl.sum(x_f * dy_f, 1), 0))
 
     d_scores = d_scores.to(B_c.dtype)
     part = first % per_group // TOGETHER * (tl.num_programs(1) // blocks) + batch
@@ -630,7 +639,7 @@ class _Arguments:
         """Run positions [begin, end), write y where given; the last state."""
         final = self.empty_state()
         with on(self.x):
-            _scan_kernel[self.programs](
+            _scan_kernel[(*self.programs, triton.cdiv(self.head_dim, _ROWS))](
                 self.x,
                 self.dt,
                 self.A,
@@ -649,7 +658,8 @@ class _Arguments:
                 self.head_dim,
                 self.state_size,
                 _CHUNK,
-                *self.blocks,
+                _ROWS,
+                self.blocks[1],
                 initial is not None,
                 self.packed,
                 y is not None,
@@ -772,6 +782,7 @@ def _backward_op(
                 arguments.exact,
                 num_warps=_WALK_WARPS,
                 num_stages=_WALK_STAGES,
+                maxnreg=_WALK_REGISTERS,
             )
             grid = (chunks, batch * heads // together)
             _queries_kernel[grid](
