@@ -104,6 +104,17 @@ def test_chunked_scan_backward_in_segments(check, monkeypatch, packed):
     check("ssd_chunk_scan", [*args, documents(2, 200, 3, 0.05) if packed else None], floors=A_CANCELS)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_chunked_scan_in_parts(check, monkeypatch, packed):
+    """Programs that take some rows or columns of a state, or some heads of a group, in several segments."""
+    kernels = sys.modules[f"{registry._bundle().__name__}.ssd_chunk_scan"]
+    for name, size in (("_ROWS", 32), ("_WALK_COLUMNS", 32), ("_TOGETHER", 2), ("_SEGMENT", 128)):
+        monkeypatch.setattr(kernels, name, size)
+    head_dim, state_size = (64, 128) if ON_GPU else (40, 70)
+    args = scan_inputs(2, 130, 2, 4, head_dim, state_size, SCAN_DTYPE, 1)
+    check("ssd_chunk_scan", [*args, documents(2, 130, 4, 0.05) if packed else None], floors=A_CANCELS)
+
+
 @some
 @given(
     batch=st.integers(1, 3),

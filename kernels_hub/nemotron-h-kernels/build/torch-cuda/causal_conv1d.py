@@ -2,10 +2,10 @@
 
     out_t = silu(bias + sum_k weight_k x_{t - (K - 1) + k})
 
-A program takes a tile of positions by channels as they lie in (batch, seq, channels), strided rows included, so the input
-is read where the projection wrote it. The backward recomputes what came before SiLU and keeps its gradient in float32
-between two kernels. The second runs over the positions before the call too where a state was handed in, whose gradient falls
-out of the same sum.
+A program of the forward takes a tile of positions by channels as they lie in (batch, seq, channels), strided rows included,
+so the input is read where the projection wrote it. One of the backward walks a few channels along a stretch of positions.
+The last inputs, and the gradients of them that are not complete yet, are in its registers: everything is read and written
+once, and nothing between. Where a state was handed in, its inputs are the first to complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from ._operator import operator
 from ._overlap import next_may_begin, overlap, previous_done
 
 _POSITIONS, _CHANNELS = 32, 128  # of a tile
-_BACKWARD_PROGRAMS = 64  # along the sequence: each sums its own tiles' share of the weight's gradient
+# A program of the backward: channels, warps, positions that loads run ahead.
+_BACKWARD_CHANNELS, _BACKWARD_WARPS, _AHEAD = 128, 1, 2
+# Along the sequence so many programs at most, or else so many positions each: a program reads a few of its neighbours'
+# positions too, and has a share of the weight's gradient that is summed afterwards.
+_BACKWARD_PROGRAMS, _STRETCH = 64, 64
 
 
 @triton.jit
@@ -104,107 +108,107 @@ def _forward_kernel(
 
 
 @triton.jit
-def _before_silu_kernel(
+def _backward_kernel(
     grad,
     x,
     weight,
     bias,
     state,
     seq_idx,
-    grad_before,
+    grad_x,
+    grad_state,
     partial,
     length,
     channels,
     x_batch,
     x_stride,
-    tiles,
+    stretch,
     KERNEL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr,
     PACKED: tl.constexpr,
-    T: tl.constexpr,
     C: tl.constexpr,
-    TAPS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """The gradient before SiLU, in float32, and this program's share of the weight's and the bias's."""
+    """Input s fed the outputs s to s + K - 1, the last through tap 0: there its gradient is complete and written."""
     batch = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(1) * C + tl.arange(0, C)
-    inside_c = c < channels
-    x_row, state_row, row = batch * x_batch, batch * channels * KERNEL, batch * length
-    slot = tl.arange(0, TAPS)  # taps, then the bias
-    sums = tl.zeros([TAPS, C], tl.float32)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        t = tile * T + tl.arange(0, T)
-        before_silu = tl.zeros([T, C], tl.float32)
-        if HAS_BIAS:
-            before_silu += tl.load(bias + c, mask=inside_c, other=0.0).to(tl.float32)[None, :]
-        for k in tl.static_range(KERNEL):
-            source = t - (KERNEL - 1) + k
-            value = _input(x, state, source, c, x_row, state_row, x_stride, length, inside_c, KERNEL, HAS_STATE)
-            if PACKED:
-                same = _ids(seq_idx, row, source, length) == _ids(seq_idx, row, t, length)
-                value = tl.where(same[:, None], value, 0.0)
-            tap = tl.load(weight + c * KERNEL + k, mask=inside_c, other=0.0).to(tl.float32)
-            before_silu += tap[None, :] * value
-        sigmoid = tl.sigmoid(before_silu)
-        place = (row + t)[:, None] * channels + c[None, :]
-        valid = (t < length)[:, None] & inside_c[None, :]
-        g = tl.load(grad + place, mask=valid, other=0.0).to(tl.float32)
-        g = g * sigmoid * (1.0 + before_silu * (1.0 - sigmoid))
-        tl.store(grad_before + place, g, mask=valid)
-        sums += tl.where(slot[:, None] == KERNEL, tl.sum(g, 0)[None, :], 0.0)
-        for k in tl.static_range(KERNEL):
-            source = t - (KERNEL - 1) + k
-            value = _input(x, state, source, c, x_row, state_row, x_stride, length, inside_c, KERNEL, HAS_STATE)
-            if PACKED:
-                same = _ids(seq_idx, row, source, length) == _ids(seq_idx, row, t, length)
-                value = tl.where(same[:, None], value, 0.0)
-            sums += tl.where(slot[:, None] == k, tl.sum(g * value, 0)[None, :], 0.0)
-    place = partial + ((batch * tl.num_programs(0) + tl.program_id(0)) * (KERNEL + 1) + slot)[:, None] * channels
-    tl.store(place + c[None, :], sums, mask=(slot <= KERNEL)[:, None] & inside_c[None, :])
-
-
-@triton.jit
-def _to_inputs_kernel(
-    grad_before,
-    weight,
-    seq_idx,
-    grad_x,
-    grad_state,
-    length,
-    channels,
-    KERNEL: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    PACKED: tl.constexpr,
-    T: tl.constexpr,
-    C: tl.constexpr,
-):
-    """Input s fed the outputs s + ahead, through tap K - 1 - ahead. With a state, s begins K - 1 before the call."""
-    batch = tl.program_id(2).to(tl.int64)
-    c = tl.program_id(1) * C + tl.arange(0, C)
-    inside_c = c < channels
+    c = tl.program_id(0) * C + tl.arange(0, C)
+    inside = c < channels
+    begin = tl.program_id(1) * stretch
+    end = tl.minimum(begin + stretch, length)
     row = batch * length
-    s = tl.program_id(0) * T + tl.arange(0, T)
-    if HAS_STATE:
-        s = s - (KERNEL - 1)
-    total = tl.zeros([T, C], tl.float32)
-    for ahead in tl.static_range(KERNEL):
-        t = s + ahead
-        valid = (t >= 0) & (t < length)
+    x += batch * x_batch + c
+    grad += row * channels + c
+    grad_x += row * channels + c
+    state += batch * channels * KERNEL + c * KERNEL
+    grad_state += batch * channels * KERNEL + c * KERNEL
+    partial += ((batch * tl.num_programs(1) + tl.program_id(1)) * (KERNEL + 1)) * channels + c
+
+    nothing = tl.zeros([C], tl.float32)
+    constant = nothing
+    if HAS_BIAS:
+        constant += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+    taps, sums, sum_bias = (), (), nothing
+    for k in tl.static_range(KERNEL):
+        taps += (tl.load(weight + c * KERNEL + k, mask=inside, other=0.0).to(tl.float32),)
+        sums += (nothing,)
+    # The K - 1 inputs before the next position, their documents, and what is known of their gradients.
+    values, ids, pending = (), (), ()
+    for k in tl.static_range(1, KERNEL):
+        t = begin - KERNEL + k
+        value = tl.load(x + tl.cast(t, tl.int64) * x_stride, mask=inside & (t >= 0), other=0.0).to(tl.float32)
+        if HAS_STATE:
+            value += tl.load(state + KERNEL + t, mask=inside & (t < 0), other=0.0).to(tl.float32)
+        values += (value,)
+        pending += (nothing,)
         if PACKED:
-            valid = valid & (_ids(seq_idx, row, s, length) == _ids(seq_idx, row, t, length))
-        g = tl.load(
-            grad_before + (row + t)[:, None] * channels + c[None, :],
-            mask=valid[:, None] & inside_c[None, :],
-            other=0.0,
-        )
-        tap = tl.load(weight + c * KERNEL + (KERNEL - 1 - ahead), mask=inside_c, other=0.0).to(tl.float32)
-        total += tap[None, :] * g
-    place = grad_x + (row + s)[:, None] * channels + c[None, :]
-    tl.store(place, total.to(grad_x.dtype.element_ty), mask=((s >= 0) & (s < length))[:, None] & inside_c[None, :])
-    if HAS_STATE:
-        place = grad_state + batch * channels * KERNEL + c[None, :] * KERNEL + (KERNEL + s)[:, None]
-        tl.store(place, total, mask=(s < 0)[:, None] & inside_c[None, :])
+            ids += (_ids(seq_idx, row, t, length),)
+    # Loads run a few positions ahead.
+    next_x, next_grad = (), ()
+    for ahead in tl.static_range(AHEAD):
+        t = tl.cast(begin + ahead, tl.int64)
+        there = inside & (t < length)
+        next_x += (tl.load(x + t * x_stride, mask=there, other=0.0),)
+        next_grad += (tl.load(grad + t * channels, mask=there, other=0.0),)
+    for t in range(begin, end + KERNEL - 1):
+        later = tl.cast(t + AHEAD, tl.int64)
+        there = inside & (later < length)
+        next_x += (tl.load(x + later * x_stride, mask=there, other=0.0),)
+        next_grad += (tl.load(grad + later * channels, mask=there, other=0.0),)
+        values += (next_x[0].to(tl.float32),)
+        g = next_grad[0].to(tl.float32)
+        if PACKED:
+            ids += (_ids(seq_idx, row, t, length),)
+        before_silu = constant
+        for k in tl.static_range(KERNEL):
+            tap = taps[k]
+            if PACKED:
+                tap = tl.where(ids[k] == ids[KERNEL - 1], tap, 0.0)
+            before_silu += tap * values[k]
+        sigmoid = tl.sigmoid(before_silu)
+        g = g * sigmoid * (1.0 + before_silu * (1.0 - sigmoid))
+        own = tl.where(t < end, g, 0.0)
+        sum_bias += own
+        new_sums, complete = (), ()
+        pending += (nothing,)
+        for k in tl.static_range(KERNEL):
+            tap, value = taps[k], values[k]
+            if PACKED:
+                same = ids[k] == ids[KERNEL - 1]
+                tap, value = tl.where(same, tap, 0.0), tl.where(same, value, 0.0)
+            new_sums += (sums[k] + own * value,)
+            complete += (pending[k] + tap * g,)
+        sums = new_sums
+        s = t - (KERNEL - 1)
+        place = grad_x + tl.cast(s, tl.int64) * channels
+        tl.store(place, complete[0].to(grad_x.dtype.element_ty), mask=inside & (s >= begin))
+        if HAS_STATE:
+            tl.store(grad_state + KERNEL + s, complete[0], mask=inside & (s < 0))
+        next_x, next_grad = next_x[1:], next_grad[1:]
+        values, ids, pending = values[1:], ids[1:], complete[1:]
+    for k in tl.static_range(KERNEL):
+        tl.store(partial + k * channels, sums[k], mask=inside)
+    tl.store(partial + KERNEL * channels, sum_bias, mask=inside)
 
 
 @triton.jit
@@ -296,51 +300,32 @@ def _conv_backward(
     grad_state = torch.zeros((batch, channels, kernel), dtype=torch.float32, device=x.device)
     if grad_x.numel() == 0:
         return grad_x, torch.zeros_like(weight), weight.new_zeros(channels), grad_state
-    tiles = triton.cdiv(length, _POSITIONS)
-    programs = min(tiles, _BACKWARD_PROGRAMS)
+    stretch = max(_STRETCH, triton.cdiv(length, _BACKWARD_PROGRAMS))
+    programs = triton.cdiv(length, stretch)
     partial = torch.empty((batch * programs, kernel + 1, channels), dtype=torch.float32, device=x.device)
-    grad_before = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    ids = x if seq_idx is None else seq_idx.contiguous()
-    along = triton.cdiv(channels, _CHANNELS)
     with on(x):
-        _before_silu_kernel[(programs, along, batch)](
+        _backward_kernel[(triton.cdiv(channels, _BACKWARD_CHANNELS), programs, batch)](
             grad,
             x,
             weight,
             weight if bias is None else bias,
             x if state is None else state.contiguous(),
-            ids,
-            grad_before,
+            x if seq_idx is None else seq_idx.contiguous(),
+            grad_x,
+            grad_state,
             partial,
             length,
             channels,
             x.stride(0),
             x.stride(1),
-            tiles,
+            stretch,
             kernel,
             bias is not None,
             state is not None,
             seq_idx is not None,
-            _POSITIONS,
-            _CHANNELS,
-            triton.next_power_of_2(kernel + 1),
-            num_warps=4,
-        )
-        reach = length + (0 if state is None else kernel - 1)
-        _to_inputs_kernel[(triton.cdiv(reach, _POSITIONS), along, batch)](
-            grad_before,
-            weight,
-            ids,
-            grad_x,
-            grad_state,
-            length,
-            channels,
-            kernel,
-            state is not None,
-            seq_idx is not None,
-            _POSITIONS,
-            _CHANNELS,
-            num_warps=4,
+            _BACKWARD_CHANNELS,
+            _AHEAD,
+            num_warps=_BACKWARD_WARPS,
         )
     sums = partial.sum(0)
     grad_weight = sums[:kernel].t().contiguous().to(weight.dtype)

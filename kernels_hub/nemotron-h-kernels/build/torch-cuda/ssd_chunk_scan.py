@@ -1,4 +1,4 @@
-"""The Mamba-2 chunked scan and its gradient: one program walks one head of one row through the whole sequence.
+"""The Mamba-2 chunked scan and its gradient: a program walks one head of one row through the whole sequence.
 
     H_t = exp(dt_t A) H_{t-1} + dt_t x_t B_t^T          y_t = H_t C_t + D x_t
 
@@ -7,15 +7,18 @@
 - The state stays in registers from chunk to chunk, so the forward reads every input once and writes only y. Separate
   kernels for chunk states and state passing write and read 4 bytes x heads x head_dim x state_size a chunk instead, several
   times the inputs. A row of Super has 128 heads: one program for nearly every multiprocessor of an H100.
-- The state, in both directions, is as exact as float32: where one operand of a matrix product is float32, it enters as
-  the sum of three bfloat16 numbers, in three products.
-- The backward walks forward for the state that enters each chunk and back for the gradient of the one that leaves it; then
-  all chunks at once give their gradients. It takes a segment of the sequence at a time, so that scratch memory does not
-  grow with the length.
+- The state, in both directions, and what becomes float32 gradients keep 16 bits at least: where one operand of a matrix
+  product is float32, it enters as the sum of two bfloat16 numbers, in two products.
+- The backward walks forward for the state that enters each chunk and, side by side, back for the gradient of the one that
+  leaves it. Then all chunks at once give their gradients. A program there takes the heads of a group one after another and
+  adds their gradients of B and C up in its registers: apart, they would be heads_per_group times as large as B and C.
+- The backward takes a segment of the sequence at a time, so that scratch memory does not grow with the length.
 - `seq_idx` separates packed documents: no decay path crosses a change of document.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -28,9 +31,16 @@ from ._operator import operator
 # head_dim and state_size of all published Nemotron-H models. Compiled by Triton 3.6 with smaller blocks, a product in the
 # backward reads out of bounds (compute-sanitizer says so at 20 x 3), so other sizes are refused.
 COMPILED_SIZES = (64, 128)
-# Positions a chunk, warps and pipeline stages. Tensor cores are busy from 64 positions on; exponentials cost chunk^2.
-_CHUNK, _WARPS, _STAGES = 64, 4, 2
-_BACKWARD_CHUNK, _BACKWARD_WARPS = 64, 8
+# Tensor cores are busy from chunks of 64 positions on; exponentials cost chunk^2.
+_CHUNK, _BACKWARD_CHUNK = 64, 64
+# The forward: rows of a state (of head_dim) that a program carries along, warps, pipeline stages.
+_ROWS, _WARPS, _STAGES = 32, 4, 2
+# The backward's walks: columns of a state (of state_size) that a program carries along, warps, pipeline stages.
+# So few registers that all programs of a row of Super are in progress at once, four a multiprocessor.
+_WALK_COLUMNS, _WALK_WARPS, _WALK_STAGES, _WALK_REGISTERS = 64, 4, 2, 128
+_TOGETHER = 16  # heads of a group whose gradients of B and C a program of the backward adds up, at most
+_QUERIES, _KEYS = (4, 1), (4, 1)  # warps and pipeline stages of these kernels
+LOG2_E = tl.constexpr(math.log2(math.e))
 _SEGMENT = 4096  # rows times positions of the backward whose states and partial gradients exist at once
 
 
@@ -45,30 +55,41 @@ def _product(a, b, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _product_split_right(a, b, EXACT: tl.constexpr):
-    """a @ b for a float32 b that has to keep its precision: three bfloat16 numbers hold all of its 24 bits."""
+def _add_product(a, b, total, EXACT: tl.constexpr):
+    """total + a @ b."""
     if EXACT:
-        product = tl.dot(a, b, input_precision="ieee")
+        total = tl.dot(a, b, total, input_precision="ieee")
     else:
-        high = b.to(tl.bfloat16)
-        rest = b - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        product = tl.dot(a, low, tl.dot(a, middle, tl.dot(a, high)))
+        total = tl.dot(a, b, total)
+    return total
+
+
+@triton.jit
+def _halves(value, EXACT: tl.constexpr):
+    """A float32 number as the sum of two bfloat16 ones, which hold 16 of its 24 bits; with EXACT itself, twice."""
+    if EXACT:
+        high, low = value, value
+    else:
+        high = value.to(tl.bfloat16)
+        low = (value - high.to(tl.float32)).to(tl.bfloat16)
+    return high, low
+
+
+@triton.jit
+def _product_left_halves(high, low, b, EXACT: tl.constexpr):
+    """(high + low) @ b."""
+    product = _product(high, b, EXACT)
+    if not EXACT:
+        product = tl.dot(low, b, product)
     return product
 
 
 @triton.jit
-def _product_split_left(a, b, EXACT: tl.constexpr):
-    """a @ b for a float32 a that has to keep its precision."""
-    if EXACT:
-        product = tl.dot(a, b, input_precision="ieee")
-    else:
-        high = a.to(tl.bfloat16)
-        rest = a - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        product = tl.dot(low, b, tl.dot(middle, b, tl.dot(high, b)))
+def _product_right_halves(a, high, low, EXACT: tl.constexpr):
+    """a @ (high + low)."""
+    product = _product(a, high, EXACT)
+    if not EXACT:
+        product = tl.dot(a, low, product)
     return product
 
 
@@ -94,10 +115,10 @@ def _ids(seq_idx, start, end, i, L: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _decays(dt, a, i, ids, before, last, PACKED: tl.constexpr, L: tl.constexpr):
-    """Log decay up to each position, decay from the incoming state, to the outgoing state, over the whole chunk."""
-    log = tl.cumsum(dt * a, 0)
+    """Log2 of the decay up to each position, decay from the incoming state, to the outgoing state, over the whole chunk."""
+    log = tl.cumsum(dt * (a * LOG2_E), 0)
     total = tl.sum(tl.where(i == L - 1, log, 0.0), 0)
-    from_start, to_end, across = tl.exp(log), tl.exp(total - log), tl.exp(total)
+    from_start, to_end, across = tl.exp2(log), tl.exp2(total - log), tl.exp2(total)
     if PACKED:
         from_start = tl.where(ids == before, from_start, 0.0)
         to_end = tl.where(ids == last, to_end, 0.0)
@@ -106,12 +127,15 @@ def _decays(dt, a, i, ids, before, last, PACKED: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def _mask(log, i, ids, PACKED: tl.constexpr):
-    """exp(sum of dt A over (j, i]) where i may see j, else zero."""
-    visible = i[:, None] >= i[None, :]
+def _mask(log, i, ids, PACKED: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Decay over (key, query] where the query may see the key, else zero: [query, key] or [key, query]."""
+    if KEYS_FIRST:
+        visible, sums = i[:, None] <= i[None, :], log[None, :] - log[:, None]
+    else:
+        visible, sums = i[:, None] >= i[None, :], log[:, None] - log[None, :]
     if PACKED:
         visible = visible & (ids[:, None] == ids[None, :])
-    return tl.exp(tl.where(visible, log[:, None] - log[None, :], float("-inf")))
+    return tl.exp2(tl.where(visible, sums, float("-inf")))
 
 
 @triton.jit
@@ -126,7 +150,6 @@ def _scan_kernel(
     initial,
     y,
     final,
-    states,
     begin,
     end,
     length,
@@ -151,13 +174,12 @@ def _scan_kernel(
     HAS_INITIAL: tl.constexpr,
     PACKED: tl.constexpr,
     WITH_Y: tl.constexpr,
-    WITH_STATES: tl.constexpr,
     EXACT: tl.constexpr,
 ):
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     group = head // per_group
-    i, p, n = tl.arange(0, L), tl.arange(0, BP), tl.arange(0, BN)
+    i, p, n = tl.arange(0, L), tl.program_id(1) * BP + tl.arange(0, BP), tl.arange(0, BN)
     p_in, n_in = p < P, n < N
     in_state = p[:, None] * N + n[None, :]
     state_mask = p_in[:, None] & n_in[None, :]
@@ -166,7 +188,6 @@ def _scan_kernel(
     dt += batch * dt_batch + head
     row = batch * heads + head
     y += batch * length * heads * P + head * P
-    states += row * ((end - begin + L - 1) // L) * (P * N)
     if WITH_Y:
         C += batch * C_batch + group * C_group
         skip = tl.load(D + head).to(tl.float32)
@@ -175,106 +196,99 @@ def _scan_kernel(
     if HAS_INITIAL:
         state += tl.load(initial + row * (P * N) + in_state, mask=state_mask, other=0.0)
     seq_idx += batch * length if PACKED else 0
-    for start in range(begin, end, L):
+    next_x = _tile(x, begin + i, x_seq, begin + i < end, p, p_in)
+    for start in tl.range(begin, end, L, disable_licm=True):
         t = start + i
         inside = t < end
+        x_c, next_x = next_x, _tile(x, t + L, x_seq, t + L < end, p, p_in)
         dt_c = tl.load(dt + t.to(tl.int64) * dt_seq, mask=inside, other=0.0).to(tl.float32)
         ids, before, last = _ids(seq_idx, start, end, i, L, PACKED)
         log, from_start, to_end, across = _decays(dt_c, a, i, ids, before, last, PACKED, L)
-        x_c = _tile(x, t, x_seq, inside, p, p_in)
         B_c = _tile(B, t, B_seq, inside, n, n_in)
-        if WITH_STATES:
-            tl.store(states + in_state, state, mask=state_mask)
-            states += P * N
         if WITH_Y:
             C_c = _tile(C, t, C_seq, inside, n, n_in)
-            inner = _product(C_c, tl.trans(B_c), EXACT) * _mask(log, i, ids, PACKED) * dt_c[None, :]
+            inner = _product(C_c, tl.trans(B_c), EXACT) * _mask(log, i, ids, PACKED, False) * dt_c[None, :]
             out = _product(C_c, tl.trans(state).to(C_c.dtype), EXACT) * from_start[:, None]
             out += _product(inner.to(x_c.dtype), x_c, EXACT)
             out += skip * x_c.to(tl.float32)
             place = y + t.to(tl.int64)[:, None] * (heads * P) + p[None, :]
             tl.store(place, out.to(y.dtype.element_ty), mask=inside[:, None] & p_in[None, :])
-        weighted = tl.trans(x_c.to(tl.float32) * (dt_c * to_end)[:, None])
-        state = state * across + _product_split_left(weighted, B_c, EXACT)
+        high, low = _halves(tl.trans(x_c.to(tl.float32) * (dt_c * to_end)[:, None]), EXACT)
+        state = state * across + _product_left_halves(high, low, B_c, EXACT)
     tl.store(final + row * (P * N) + in_state, state, mask=state_mask)
 
 
 @triton.jit
-def _leaving_kernel(
-    grad_y,
+def _walk(
+    rows,
+    rows_seq,
+    columns,
+    columns_seq,
     dt,
-    A,
-    C,
+    dt_seq,
+    a,
     seq_idx,
-    grad_state,
-    leaving_states,
+    state,
+    states,
     begin,
     end,
-    length,
-    heads,
-    per_group,
-    dt_batch,
-    dt_seq,
-    C_batch,
-    C_seq,
-    C_group,
+    first_column,
     P: tl.constexpr,
     N: tl.constexpr,
     L: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
+    BACK: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """From the last chunk to the first: the gradient of the state each chunk hands on. One program walks one head."""
-    batch = (tl.program_id(0) // heads).to(tl.int64)
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    i, p, n = tl.arange(0, L), tl.arange(0, BP), tl.arange(0, BN)
+    """Write the state that a walk along one head meets at each chunk, in halves; return the one behind the last chunk.
+
+    Forward these are the states that enter chunks. Back, they are the gradients of those that leave.
+    """
+    i, p, n = tl.arange(0, L), tl.arange(0, BP), first_column + tl.arange(0, BN)
     p_in, n_in = p < P, n < N
-    in_state = p[:, None] * N + n[None, :]
     state_mask = p_in[:, None] & n_in[None, :]
-    row = batch * heads + head
+    halves: tl.constexpr = 1 if EXACT else 2
     chunks = (end - begin + L - 1) // L
-    dt += batch * dt_batch + head
-    C += batch * C_batch + (head // per_group) * C_group
-    grad_y += (batch * length * heads + head) * P
-    leaving_states += row * chunks * (P * N)
-    seq_idx += batch * length if PACKED else 0
-    a = tl.load(A + head).to(tl.float32)
-    leaving = tl.load(grad_state + row * (P * N) + in_state, mask=state_mask, other=0.0)
-    for step in range(0, chunks):
-        chunk = chunks - 1 - step
+    t = begin + (chunks - 1 if BACK else 0) * L + i
+    next_rows = _tile(rows, t, rows_seq, t < end, p, p_in)
+    for step in tl.range(0, chunks, disable_licm=True):
+        chunk = chunks - 1 - step if BACK else step
         start = begin + chunk * L
         t = start + i
         inside = t < end
+        rows_c = next_rows.to(tl.float32)
+        next_t = t - L if BACK else t + L
+        next_rows = _tile(rows, next_t, rows_seq, (next_t >= begin) & (next_t < end), p, p_in)
         dt_c = tl.load(dt + t.to(tl.int64) * dt_seq, mask=inside, other=0.0).to(tl.float32)
         ids, before, last = _ids(seq_idx, start, end, i, L, PACKED)
-        _, from_start, _, across = _decays(dt_c, a, i, ids, before, last, PACKED, L)
-        C_c = _tile(C, t, C_seq, inside, n, n_in)
-        dy = _tile(grad_y, t, heads * P, inside, p, p_in).to(tl.float32)
-        tl.store(leaving_states + chunk * (P * N) + in_state, leaving, mask=state_mask)
-        leaving = leaving * across + _product_split_left(tl.trans(dy * from_start[:, None]), C_c, EXACT)
-    tl.store(grad_state + row * (P * N) + in_state, leaving, mask=state_mask)
+        _, from_start, to_end, across = _decays(dt_c, a, i, ids, before, last, PACKED, L)
+        columns_c = _tile(columns, t, columns_seq, inside, n, n_in)
+        place = states + chunk * (halves * P * N) + p[:, None] * N + n[None, :]
+        high, low = _halves(state, EXACT)
+        tl.store(place, high, mask=state_mask)
+        if not EXACT:
+            tl.store(place + P * N, low, mask=state_mask)
+        weight = from_start if BACK else dt_c * to_end
+        high, low = _halves(tl.trans(rows_c * weight[:, None]), EXACT)
+        state = state * across + _product_left_halves(high, low, columns_c, EXACT)
+    return state
 
 
 @triton.jit
-def _chunk_backward_kernel(
+def _walks_kernel(
     grad_y,
     x,
     dt,
     A,
     B,
     C,
-    D,
     seq_idx,
+    initial,
+    grad_state,
     states,
-    leaving_states,
-    grad_x,
-    grad_dt,
-    part_B,
-    part_C,
-    part_A,
-    part_D,
+    leaving,
     begin,
     end,
     length,
@@ -296,80 +310,289 @@ def _chunk_backward_kernel(
     L: tl.constexpr,
     BP: tl.constexpr,
     BN: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """All gradients of one chunk of one head, from the state that enters it and the gradient of the one that leaves."""
+    """Both walks along a segment, side by side. A program takes one head and BN columns of its state, one way."""
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
     group = head // per_group
+    row = batch * heads + head
+    p, first = tl.arange(0, BP), tl.program_id(1) * BN
+    n = first + tl.arange(0, BN)
+    in_state = row * (P * N) + p[:, None] * N + n[None, :]
+    state_mask = (p < P)[:, None] & (n < N)[None, :]
+    halves: tl.constexpr = 1 if EXACT else 2
+    chunks_before = row * ((end - begin + L - 1) // L) * (halves * P * N)
+    dt += batch * dt_batch + head
+    seq_idx += batch * length if PACKED else 0
+    a = tl.load(A + head).to(tl.float32)
+    if tl.program_id(2) == 0:
+        state = tl.zeros([BP, BN], tl.float32)
+        if HAS_INITIAL:
+            state += tl.load(initial + in_state, mask=state_mask, other=0.0)
+        x += batch * x_batch + head * x_head
+        B += batch * B_batch + group * B_group
+        _walk(
+            x,
+            x_seq,
+            B,
+            B_seq,
+            dt,
+            dt_seq,
+            a,
+            seq_idx,
+            state,
+            states + chunks_before,
+            begin,
+            end,
+            first,
+            P,
+            N,
+            L,
+            BP,
+            BN,
+            False,
+            PACKED,
+            EXACT,
+        )
+    else:
+        state = tl.load(grad_state + in_state, mask=state_mask, other=0.0)
+        grad_y += (batch * length * heads + head) * P
+        C += batch * C_batch + group * C_group
+        state = _walk(
+            grad_y,
+            heads * P,
+            C,
+            C_seq,
+            dt,
+            dt_seq,
+            a,
+            seq_idx,
+            state,
+            leaving + chunks_before,
+            begin,
+            end,
+            first,
+            P,
+            N,
+            L,
+            BP,
+            BN,
+            True,
+            PACKED,
+            EXACT,
+        )
+        tl.store(grad_state + in_state, state, mask=state_mask)
+
+
+@triton.jit
+def _queries_kernel(
+    grad_y,
+    dt,
+    A,
+    C,
+    seq_idx,
+    states,
+    leaving_states,
+    part_log,
+    part_C,
+    begin,
+    end,
+    length,
+    heads: tl.constexpr,
+    per_group: tl.constexpr,
+    dt_batch,
+    dt_seq: tl.constexpr,
+    C_batch,
+    C_seq: tl.constexpr,
+    C_group,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    L: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """What positions of one chunk read from the state that enters it: that part of the gradients of C and of log decays.
+
+    A program takes heads that share C one after another and adds their gradients of C up.
+    """
+    chunk = tl.program_id(0)
+    blocks = heads // TOGETHER
+    batch = (tl.program_id(1) // blocks).to(tl.int64)
+    first = tl.program_id(1) % blocks * TOGETHER
+    group = first // per_group
     i, p, n = tl.arange(0, L), tl.arange(0, BP), tl.arange(0, BN)
     p_in, n_in = p < P, n < N
     state_mask = p_in[:, None] & n_in[None, :]
-    chunk = tl.program_id(1)
-    place_in_sums = (batch * heads + head) * tl.num_programs(1) + chunk
-    in_state = place_in_sums * (P * N) + p[:, None] * N + n[None, :]
-    x += batch * x_batch + head * x_head
-    B += batch * B_batch + group * B_group
-    C += batch * C_batch + group * C_group
-    dt += batch * dt_batch + head
-    grad_y += (batch * length * heads + head) * P
-    grad_x += (batch * length * heads + head) * P
-    grad_dt += batch * length * heads + head
-    seq_idx += batch * length if PACKED else 0
-    a = tl.load(A + head).to(tl.float32)
+    in_state = p[:, None] * N + n[None, :]
+    halves: tl.constexpr = 1 if EXACT else 2
     start = begin + chunk * L
-    t = start + i
-    t64 = t.to(tl.int64)
-    inside = t < end
-    inside_n = inside[:, None] & n_in[None, :]
-    # Partial gradients of B and C lie as (batch, position in the segment, heads, state_size).
-    part = ((batch * (end - begin) + t64 - begin) * heads + head)[:, None] * N + n[None, :]
-    dt_c = tl.load(dt + t64 * dt_seq, mask=inside, other=0.0).to(tl.float32)
+    inside = start + i < end
+    seq_idx += batch * length if PACKED else 0
     ids, before, last = _ids(seq_idx, start, end, i, L, PACKED)
-    log, from_start, to_end, across = _decays(dt_c, a, i, ids, before, last, PACKED, L)
-    x_c = _tile(x, t, x_seq, inside, p, p_in)
-    dy = _tile(grad_y, t, heads * P, inside, p, p_in)
-    B_c = _tile(B, t, B_seq, inside, n, n_in)
-    C_c = _tile(C, t, C_seq, inside, n, n_in)
+    dt += batch * dt_batch + start.to(tl.int64) * dt_seq
+    grad_y += (batch * length + start) * heads * P
+    C_c = _tile(C + batch * C_batch + start.to(tl.int64) * C_seq + group * C_group, i, C_seq, inside, n, n_in)
+    d_C = tl.zeros([L, BN], tl.float32)
+    for head in tl.range(first, first + TOGETHER, disable_licm=True):  # what it hoists has no room in registers
+        place = ((batch * heads + head) * tl.num_programs(0) + chunk) * (halves * P * N)
+        a = tl.load(A + head).to(tl.float32)
+        dt_c = tl.load(dt + i * dt_seq + head, mask=inside, other=0.0).to(tl.float32)
+        _, from_start, _, across = _decays(dt_c, a, i, ids, before, last, PACKED, L)
+        dy = _tile(grad_y + head * P, i, heads * P, inside, p, p_in)
+        high = tl.load(states + place + in_state, mask=state_mask, other=0.0)
+        low = tl.load(states + place + (halves - 1) * P * N + in_state, mask=state_mask, other=0.0)
+        leaving_high = tl.load(leaving_states + place + in_state, mask=state_mask, other=0.0)
+        leaving_low = tl.load(leaving_states + place + (halves - 1) * P * N + in_state, mask=state_mask, other=0.0)
+        # The product of both states, number by number: the diagonal of what tensor cores do fastest.
+        both = _product_right_halves(leaving_high, tl.trans(high), tl.trans(low), EXACT)
+        if not EXACT:
+            both = tl.dot(leaving_low, tl.trans(high), both)
+        through = tl.sum(tl.sum(tl.where(p[:, None] == p[None, :], both, 0.0), 1), 0)
+        of_state = _product_right_halves(C_c, tl.trans(high), tl.trans(low), EXACT)
+        dy_f = dy.to(tl.float32) * from_start[:, None]
+        d_log = tl.cumsum(tl.sum(of_state * dy_f, 1), 0, reverse=True) + across * through
+        tl.store(part_log + (batch * heads + head) * (end - begin) + chunk * L + i, d_log, mask=inside)
+        d_C = _add_product(dy_f.to(C_c.dtype), high, d_C, EXACT)
+    # Sums over the heads of a program lie as (parts of a group, batch, positions of the segment, groups, state_size).
+    part = first % per_group // TOGETHER * (tl.num_programs(1) // blocks) + batch
+    part = ((part * (end - begin) + chunk * L) * (heads // per_group) + group) * N
+    place = part_C + part + i[:, None] * (heads // per_group * N) + n[None, :]
+    tl.store(place, d_C, mask=inside[:, None] & n_in[None, :])
 
-    # Inside the chunk: y = (S * decay) (dt x), with S = C B^T.
-    decay = _mask(log, i, ids, PACKED)
-    scores = _product(C_c, tl.trans(B_c), EXACT)
-    d_u = _product(tl.trans((scores * decay).to(dy.dtype)), dy, EXACT)
-    pairs = _product(dy, tl.trans(x_c), EXACT) * decay
-    d_scores = (pairs * dt_c[None, :]).to(B_c.dtype)
-    seen = pairs * scores
-    d_dt = tl.sum(seen, 0)
-    # Gradient of dt_k A: every path from before k to k or after. Sums over j < k as products with a triangle of ones: as
-    # differences of row and column sums they cancel badly where a position mostly sees itself.
-    crossing = tl.where(i[:, None] > i[None, :], seen * dt_c[None, :], 0.0)
-    before_k = (i[:, None] < i[None, :]).to(tl.float32).to(x_c.dtype)
-    crossing = _product_split_left(crossing, before_k, EXACT)
 
-    leaving = tl.load(leaving_states + in_state, mask=state_mask, other=0.0)
-    to_state = _product_split_right(x_c, leaving, EXACT)
-    d_B = _product(tl.trans(d_scores), C_c, EXACT) + to_state * (to_end * dt_c)[:, None]
-    tl.store(part_B + part, d_B, mask=inside_n)
-    written = to_end * tl.sum(to_state * B_c.to(tl.float32), 1)
-    d_dt += written
-    d_log = tl.sum(tl.where(i[:, None] >= i[None, :], crossing, (written * dt_c)[:, None]), 0)
+@triton.jit
+def _keys_kernel(
+    grad_y,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    seq_idx,
+    leaving_states,
+    part_log,
+    part_C,
+    grad_x,
+    grad_dt,
+    sum_B,
+    sum_C,
+    part_A,
+    part_D,
+    begin,
+    end,
+    length,
+    heads: tl.constexpr,
+    per_group: tl.constexpr,
+    x_batch,
+    x_seq: tl.constexpr,
+    x_head,
+    dt_batch,
+    dt_seq: tl.constexpr,
+    B_batch,
+    B_seq: tl.constexpr,
+    B_group,
+    C_batch,
+    C_seq: tl.constexpr,
+    C_group,
+    origin,
+    span,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    L: tl.constexpr,
+    BP: tl.constexpr,
+    BN: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """The rest: what positions give to later ones of their chunk and to the state that leaves it. Programs as above.
 
-    d_u += _product(B_c, tl.trans(leaving).to(B_c.dtype), EXACT) * to_end[:, None]
-    dy_f = dy.to(tl.float32)
-    d_x = d_u * dt_c[:, None] + tl.load(D + head).to(tl.float32) * dy_f
-    place = grad_x + t64[:, None] * (heads * P) + p[None, :]
-    tl.store(place, d_x.to(grad_x.dtype.element_ty), mask=inside[:, None] & p_in[None, :])
-    tl.store(part_D + place_in_sums, tl.sum(tl.sum(dy_f * x_c.to(tl.float32), 1), 0))
+    Matrices of pairs of positions are [key, query]: the query's output hears of the key's input.
+    """
+    chunk = tl.program_id(0)
+    blocks = heads // TOGETHER
+    batch = (tl.program_id(1) // blocks).to(tl.int64)
+    first = tl.program_id(1) % blocks * TOGETHER
+    group = first // per_group
+    i, p, n = tl.arange(0, L), tl.arange(0, BP), tl.arange(0, BN)
+    p_in, n_in = p < P, n < N
+    state_mask = p_in[:, None] & n_in[None, :]
+    in_state = p[:, None] * N + n[None, :]
+    halves: tl.constexpr = 1 if EXACT else 2
+    start = begin + chunk * L
+    inside = start + i < end
+    inside_n = inside[:, None] & n_in[None, :]
+    seq_idx += batch * length if PACKED else 0
+    ids, before, last = _ids(seq_idx, start, end, i, L, PACKED)
+    dt += batch * dt_batch + start.to(tl.int64) * dt_seq
+    x += batch * x_batch + start.to(tl.int64) * x_seq
+    grad_dt += (batch * length + start) * heads
+    grad_y += (batch * length + start) * heads * P
+    grad_x += (batch * length + start) * heads * P
+    B_c = _tile(B + batch * B_batch + start.to(tl.int64) * B_seq + group * B_group, i, B_seq, inside, n, n_in)
+    C_c = _tile(C + batch * C_batch + start.to(tl.int64) * C_seq + group * C_group, i, C_seq, inside, n, n_in)
+    d_scores = tl.zeros([L, L], tl.float32)
+    d_B = tl.zeros([L, BN], tl.float32)
+    for head in tl.range(first, first + TOGETHER, disable_licm=True):  # what it hoists has no room in registers
+        row = batch * heads + head
+        place = (row * tl.num_programs(0) + chunk) * (halves * P * N)
+        a = tl.load(A + head).to(tl.float32)
+        dt_c = tl.load(dt + i * dt_seq + head, mask=inside, other=0.0).to(tl.float32)
+        log, _, to_end, _ = _decays(dt_c, a, i, ids, before, last, PACKED, L)
+        x_c = _tile(x + head * x_head, i, x_seq, inside, p, p_in)
+        dy = _tile(grad_y + head * P, i, heads * P, inside, p, p_in)
+        x_f, dy_f = x_c.to(tl.float32), dy.to(tl.float32)
+        tl.store(part_D + row * tl.num_programs(0) + chunk, tl.sum(tl.sum(x_f * dy_f, 1), 0))
 
-    state = tl.load(states + in_state, mask=state_mask, other=0.0)
-    d_log += across * tl.sum(tl.sum(leaving * state, 1), 0)
-    from_state = _product_split_right(dy, state, EXACT)
-    d_C = _product(d_scores, B_c, EXACT) + from_state * from_start[:, None]
-    tl.store(part_C + part, d_C, mask=inside_n)
-    d_log += tl.cumsum(from_start * tl.sum(from_state * C_c.to(tl.float32), 1), 0, reverse=True)
-    tl.store(grad_dt + t64 * heads, (d_dt + d_log * a).to(grad_dt.dtype.element_ty), mask=inside)
-    tl.store(part_A + place_in_sums, tl.sum(d_log * dt_c, 0))
+        # The state that leaves takes dt x B^T, weighted with the decay to the end.
+        high = tl.load(leaving_states + place + in_state, mask=state_mask, other=0.0)
+        low = tl.load(leaving_states + place + (halves - 1) * P * N + in_state, mask=state_mask, other=0.0)
+        d_u = _product_right_halves(B_c, tl.trans(high), tl.trans(low), EXACT) * to_end[:, None]
+        d_dt = tl.sum(d_u * x_f, 1)
+        written = d_dt * dt_c
+        d_B = _add_product((x_f * (to_end * dt_c)[:, None]).to(B_c.dtype), high, d_B, EXACT)
+
+        # Inside the chunk: y = (S * decay)^T (dt x), with S = B C^T.
+        decay = _mask(log, i, ids, PACKED, True)
+        weights = _product(B_c, tl.trans(C_c), EXACT) * decay
+        d_u = _add_product(weights.to(dy.dtype), dy, d_u, EXACT)
+        d_x = d_u * dt_c[:, None] + tl.load(D + head).to(tl.float32) * dy_f
+        place = grad_x + head * P + i[:, None] * (heads * P) + p[None, :]
+        tl.store(place, d_x.to(grad_x.dtype.element_ty), mask=inside[:, None] & p_in[None, :])
+        pairs = _product(x_c, tl.trans(dy), EXACT) * decay
+        d_scores += pairs * dt_c[:, None]
+        pairs *= _product(B_c, tl.trans(C_c), EXACT)  # once more, since there are no registers to keep it in
+        d_dt += tl.sum(pairs, 1)
+
+        # Gradient of dt_k A: every path from before k to k or after. Sums over j < k as products with a triangle of ones:
+        # as differences of row and column sums they cancel badly where a position mostly sees itself.
+        high, low = _halves(pairs * dt_c[:, None], EXACT)
+        before_k = (i[:, None] > i[None, :]).to(tl.float32).to(x_c.dtype)
+        crossing = _product_right_halves(before_k, high, low, EXACT)
+        d_log = tl.sum(tl.where(i[:, None] <= i[None, :], crossing, written[None, :]), 1)
+        d_log += tl.load(part_log + row * (end - begin) + chunk * L + i, mask=inside, other=0.0)
+        tl.store(grad_dt + i * heads + head, (d_dt + d_log * a).to(grad_dt.dtype.element_ty), mask=inside)
+        tl.store(part_A + row * tl.num_programs(0) + chunk, tl.sum(d_log * dt_c, 0))
+
+    d_scores = d_scores.to(B_c.dtype)
+    part = first % per_group // TOGETHER * (tl.num_programs(1) // blocks) + batch
+    groups = heads // per_group
+    in_rows = i[:, None] * (groups * N) + n[None, :]
+    place = ((part * span + start - origin) * groups + group) * N + in_rows
+    d_B = _add_product(d_scores, C_c, d_B, EXACT)
+    tl.store(sum_B + place, d_B.to(sum_B.dtype.element_ty), mask=inside_n)
+    d_C = tl.load(
+        part_C + ((part * (end - begin) + chunk * L) * groups + group) * N + in_rows, mask=inside_n, other=0.0
+    )
+    d_C += _product(tl.trans(d_scores), B_c, EXACT)
+    tl.store(sum_C + place, d_C.to(sum_C.dtype.element_ty), mask=inside_n)
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -412,13 +635,11 @@ class _Arguments:
         end: int,
         initial: Tensor | None,
         y: Tensor | None = None,
-        states: Tensor | None = None,
-        chunk: int | None = None,
     ) -> Tensor:
-        """Run positions [begin, end), write y and the states entering each chunk where given; the last state."""
+        """Run positions [begin, end), write y where given; the last state."""
         final = self.empty_state()
         with on(self.x):
-            _scan_kernel[self.programs](
+            _scan_kernel[(*self.programs, triton.cdiv(self.head_dim, _ROWS))](
                 self.x,
                 self.dt,
                 self.A,
@@ -429,7 +650,6 @@ class _Arguments:
                 final if initial is None else initial,
                 self.x if y is None else y,
                 final,
-                final if states is None else states,
                 begin,
                 end,
                 self.length,
@@ -437,12 +657,12 @@ class _Arguments:
                 *self.strides,
                 self.head_dim,
                 self.state_size,
-                chunk or _CHUNK,
-                *self.blocks,
+                _CHUNK,
+                _ROWS,
+                self.blocks[1],
                 initial is not None,
                 self.packed,
                 y is not None,
-                states is not None,
                 self.exact,
                 num_warps=_WARPS,
                 num_stages=_STAGES,
@@ -507,23 +727,61 @@ def _backward(
     entering = [None if initial_state is None else initial_state.float().contiguous()]
     for begin, end in spans[:-1]:
         entering.append(arguments.scan(begin, end, entering[-1]))
+    halves, kept = (1, torch.float32) if arguments.exact else (2, torch.bfloat16)
+    together = math.gcd(heads // groups, _TOGETHER)
+    parts = heads // groups // together
     for begin, end in reversed(spans):
         chunks = triton.cdiv(end - begin, chunk)
-        wide = (2, batch, heads, chunks, x.shape[3], state_size)
-        states, leaving = torch.empty(wide, dtype=torch.float32, device=device)
-        arguments.scan(begin, end, entering.pop(), states=states, chunk=chunk)
-        shape = (2, batch, end - begin, groups, heads // groups, state_size)
-        parts = torch.empty(shape, dtype=torch.float32, device=device)
+        wide = (2, batch, heads, chunks, halves, x.shape[3], state_size)
+        states, leaving = torch.empty(wide, dtype=kept, device=device)
         scalars = torch.empty((2, batch, heads, chunks), dtype=torch.float32, device=device)
+        part_log = torch.empty((batch, heads, end - begin), dtype=torch.float32, device=device)
+        shape = (2, parts, batch, end - begin, groups, state_size)
+        part_B, part_C = torch.empty(shape, dtype=torch.float32, device=device)
+        sums, origin, span = ((grad_B, grad_C), 0, length) if parts == 1 else ((part_B, part_C), begin, end - begin)
+        initial = entering.pop()
+        columns = min(_WALK_COLUMNS, arguments.blocks[1])
         with on(x):
-            _leaving_kernel[arguments.programs](
+            _walks_kernel[(*arguments.programs, triton.cdiv(state_size, columns), 2)](
+                grad_y,
+                arguments.x,
+                arguments.dt,
+                arguments.A,
+                arguments.B,
+                arguments.C,
+                arguments.seq_idx,
+                grad_state if initial is None else initial,
+                grad_state,
+                states,
+                leaving,
+                begin,
+                end,
+                length,
+                *arguments.sizes,
+                *arguments.strides,
+                arguments.head_dim,
+                state_size,
+                chunk,
+                arguments.blocks[0],
+                columns,
+                initial is not None,
+                arguments.packed,
+                arguments.exact,
+                num_warps=_WALK_WARPS,
+                num_stages=_WALK_STAGES,
+                maxnreg=_WALK_REGISTERS,
+            )
+            grid = (chunks, batch * heads // together)
+            _queries_kernel[grid](
                 grad_y,
                 arguments.dt,
                 arguments.A,
                 arguments.C,
                 arguments.seq_idx,
-                grad_state,
+                states,
                 leaving,
+                part_log,
+                part_C,
                 begin,
                 end,
                 length,
@@ -534,12 +792,13 @@ def _backward(
                 state_size,
                 chunk,
                 *arguments.blocks,
+                together,
                 arguments.packed,
                 arguments.exact,
-                num_warps=_WARPS,
-                num_stages=_STAGES,
+                num_warps=_QUERIES[0],
+                num_stages=_QUERIES[1],
             )
-            _chunk_backward_kernel[(*arguments.programs, chunks)](
+            _keys_kernel[grid](
                 grad_y,
                 arguments.x,
                 arguments.dt,
@@ -548,30 +807,32 @@ def _backward(
                 arguments.C,
                 arguments.D,
                 arguments.seq_idx,
-                states,
                 leaving,
+                part_log,
+                part_C,
                 grad_x,
                 grad_dt,
-                parts[0],
-                parts[1],
-                scalars[0],
-                scalars[1],
+                *sums,
+                *scalars,
                 begin,
                 end,
                 length,
                 *arguments.sizes,
                 *arguments.strides,
+                origin,
+                span,
                 arguments.head_dim,
                 state_size,
                 chunk,
                 *arguments.blocks,
+                together,
                 arguments.packed,
                 arguments.exact,
-                num_warps=_BACKWARD_WARPS,
-                num_stages=1,
+                num_warps=_KEYS[0],
+                num_stages=_KEYS[1],
             )
-        grad_B[:, begin:end] = parts[0].sum(3)
-        grad_C[:, begin:end] = parts[1].sum(3)
+        if parts > 1:
+            grad_B[:, begin:end], grad_C[:, begin:end] = part_B.sum(0), part_C.sum(0)
         grad_A += scalars[0].sum((0, 2))
         grad_D += scalars[1].sum((0, 2))
     return grad_x, grad_dt, grad_A.to(A.dtype), grad_B, grad_C, grad_D.to(D.dtype), grad_state
