@@ -550,7 +550,7 @@ def _sum_kernel(
     inside = i < count
     total = tl.zeros([SIZE], tl.float32)
     for part in range(0, PARTS):
-        total += tl.load(parts + part * count.to(tl.int64) + i, mask=inside, other=0.0)
+        total += tl.load(parts + part.to(tl.int64) * count + i, mask=inside, other=0.0)
     total = finish(total, first_term, second_term, i, inside, RELU2, TERMS)
     tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
 

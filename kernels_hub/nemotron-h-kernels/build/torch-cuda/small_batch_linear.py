@@ -76,7 +76,7 @@ def _stream_kernel(
     at = t[:, None] * rows + r[None, :]
     inside = t_in[:, None] & r_in[None, :]
     total = finish(total, first, second, at, inside, RELU2, TERMS)
-    tl.store(out + part * tokens.to(tl.int64) * rows + at, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + part.to(tl.int64) * tokens * rows + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
