@@ -335,6 +335,8 @@ class Op:
         # Without these lines first, a decoded token would pay for choices that have one outcome.
         if forced == "torch" or (forced is None and not args[0].is_cuda):
             return self.reference(*args, **kwargs)
+        if forced is None and _bundled_alone(args[0].device) and self.limits(*args, **kwargs) is None:
+            return self._kernel("triton")(*args, **kwargs)
         source, kernel, reason = self.choose(*args, **kwargs)
         if forced is not None and source != forced:
             raise KernelError(f"`{self.name}` is forced to {forced!r}, which cannot serve this call: {reason}.")
@@ -521,6 +523,11 @@ def _cannot_run(device: torch.device, forced: bool) -> str | None:
     if device.type == "cpu" and forced and os.environ.get("TRITON_INTERPRET") == "1":
         return None  # Triton's interpreter: slow, for tests
     return f"the tensors are on {device.type!r}, Triton serves 'cuda'"
+
+
+def _bundled_alone(device: torch.device) -> bool:
+    """Whether nothing comes before the bundled kernels, and they run there: no reasons have to be found."""
+    return _has_triton and not _repositories and _cannot_run(device, False) is None
 
 
 _capabilities: dict[int | None, tuple[int, int]] = {}

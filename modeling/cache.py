@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 from .fp8_cache import FP8, Fp8CacheLayer
@@ -136,14 +136,13 @@ class HybridCache(DynamicCache):
     def __init__(self, config: NemotronHConfig, offloading: bool = False, kv_dtype: torch.dtype | None = None):
         if kv_dtype not in (None, FP8):
             raise ValueError(f"`kv_dtype` is {kv_dtype}: give None for the model's own dtype, or {FP8}.")
-        super().__init__(config=config, offloading=offloading)
+        kinds = list(config.layers_block_type)
+        attention = DynamicLayer if kv_dtype is None else Fp8CacheLayer
+        made = {"linear_attention": Mamba2CacheLayer, "full_attention": attention}
+        # Not by `super()`, which finds out about layers in a way that takes as long as a layer of a short prompt.
+        Cache.__init__(self, layers=[made.get(kind, DummyLayer)() for kind in kinds], offloading=offloading)
         self.kv_dtype = kv_dtype
-        for index, kind in enumerate(config.layers_block_type):
-            if kind == "linear_attention":
-                self.layers[index] = Mamba2CacheLayer()
-            elif kind == "full_attention" and kv_dtype is not None:
-                self.layers[index] = Fp8CacheLayer()
-        self._has_attention = "full_attention" in config.layers_block_type
+        self._has_attention = "full_attention" in kinds
         self._tokens_seen = 0
         self.holds_packed_documents = False
 

@@ -105,7 +105,8 @@ class NemotronHMoE(nn.Module):
         """`residual`: as the input, added to the output."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         residual = residual if residual is None else residual.reshape(tokens.shape)
+        # Long work first: behind it the many short kernels of the router are launched in time.
+        shared = self.shared_experts(tokens)
         _, weights, index = self.gate(tokens)
         routed = self.experts(self.fc1_latent_proj(tokens), index, weights)
-        shared = self.shared_experts(tokens)
         return product_of(self.fc2_latent_proj, routed, plus=(shared, residual)).view_as(hidden_states)

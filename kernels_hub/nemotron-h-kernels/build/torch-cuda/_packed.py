@@ -549,8 +549,9 @@ def _sum_kernel(
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = i < count
     total = tl.zeros([SIZE], tl.float32)
-    for part in range(0, PARTS):
-        total += tl.load(parts + part.to(tl.int64) * count + i, mask=inside, other=0.0)
+    for _ in range(0, PARTS):
+        total += tl.load(parts + i, mask=inside, other=0.0)
+        parts += count
     total = finish(total, first_term, second_term, i, inside, RELU2, TERMS)
     tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
 

@@ -21,10 +21,10 @@ from ._overlap import next_may_begin, overlap, previous_done
 
 _POSITIONS, _CHANNELS = 32, 128  # of a tile
 # A program of the backward: channels, warps, positions that loads run ahead.
-_BACKWARD_CHANNELS, _BACKWARD_WARPS, _AHEAD = 128, 1, 2
+_BACKWARD_CHANNELS, _BACKWARD_WARPS, _AHEAD = 128, 1, 4
 # Along the sequence so many programs at most, or else so many positions each: a program reads a few of its neighbours'
 # positions too, and has a share of the weight's gradient that is summed afterwards.
-_BACKWARD_PROGRAMS, _STRETCH = 64, 64
+_BACKWARD_PROGRAMS, _STRETCH = 128, 32
 
 
 @triton.jit

@@ -34,12 +34,11 @@ COMPILED_SIZES = (64, 128)
 # Tensor cores are busy from chunks of 64 positions on; exponentials cost chunk^2.
 _CHUNK, _BACKWARD_CHUNK = 64, 64
 # The forward: rows of a state (of head_dim) that a program carries along, warps, pipeline stages.
-_ROWS, _WARPS, _STAGES = 32, 4, 2
+_ROWS, _WARPS, _STAGES = 32, 4, 3
 # The backward's walks: columns of a state (of state_size) that a program carries along, warps, pipeline stages.
-# So few registers that all programs of a row of Super are in progress at once, four a multiprocessor.
-_WALK_COLUMNS, _WALK_WARPS, _WALK_STAGES, _WALK_REGISTERS = 64, 4, 2, 128
+_WALK_COLUMNS, _WALK_WARPS, _WALK_STAGES = 128, 4, 2
 _TOGETHER = 16  # heads of a group whose gradients of B and C a program of the backward adds up, at most
-_QUERIES, _KEYS = (4, 1), (4, 1)  # warps and pipeline stages of these kernels
+_QUERIES, _KEYS = (4, 2), (4, 1)  # warps and pipeline stages of these kernels
 LOG2_E = tl.constexpr(math.log2(math.e))
 _SEGMENT = 4096  # rows times positions of the backward whose states and partial gradients exist at once
 
@@ -425,7 +424,7 @@ def _queries_kernel(
     blocks = heads // TOGETHER
     batch = (tl.program_id(1) // blocks).to(tl.int64)
     first = tl.program_id(1) % blocks * TOGETHER
-    group = first // per_group
+    group = (first // per_group).to(tl.int64)
     i, p, n = tl.arange(0, L), tl.arange(0, BP), tl.arange(0, BN)
     p_in, n_in = p < P, n < N
     state_mask = p_in[:, None] & n_in[None, :]
@@ -442,7 +441,7 @@ def _queries_kernel(
     for head in tl.range(first, first + TOGETHER, disable_licm=True):  # what it hoists has no room in registers
         place = ((batch * heads + head) * tl.num_programs(0) + chunk) * (halves * P * N)
         a = tl.load(A + head).to(tl.float32)
-        dt_c = tl.load(dt + i * dt_seq + head, mask=inside, other=0.0).to(tl.float32)
+        dt_c = tl.load(dt + i.to(tl.int64) * dt_seq + head, mask=inside, other=0.0).to(tl.float32)
         _, from_start, _, across = _decays(dt_c, a, i, ids, before, last, PACKED, L)
         dy = _tile(grad_y + head * P, i, heads * P, inside, p, p_in)
         high = tl.load(states + place + in_state, mask=state_mask, other=0.0)
@@ -520,7 +519,7 @@ def _keys_kernel(
     blocks = heads // TOGETHER
     batch = (tl.program_id(1) // blocks).to(tl.int64)
     first = tl.program_id(1) % blocks * TOGETHER
-    group = first // per_group
+    group = (first // per_group).to(tl.int64)
     i, p, n = tl.arange(0, L), tl.arange(0, BP), tl.arange(0, BN)
     p_in, n_in = p < P, n < N
     state_mask = p_in[:, None] & n_in[None, :]
@@ -532,7 +531,7 @@ def _keys_kernel(
     seq_idx += batch * length if PACKED else 0
     ids, before, last = _ids(seq_idx, start, end, i, L, PACKED)
     dt += batch * dt_batch + start.to(tl.int64) * dt_seq
-    x += batch * x_batch + start.to(tl.int64) * x_seq
+    x += batch * x_batch + start.to(tl.int64) * x_seq + first.to(tl.int64) * x_head
     grad_dt += (batch * length + start) * heads
     grad_y += (batch * length + start) * heads * P
     grad_x += (batch * length + start) * heads * P
@@ -544,9 +543,10 @@ def _keys_kernel(
         row = batch * heads + head
         place = (row * tl.num_programs(0) + chunk) * (halves * P * N)
         a = tl.load(A + head).to(tl.float32)
-        dt_c = tl.load(dt + i * dt_seq + head, mask=inside, other=0.0).to(tl.float32)
+        dt_c = tl.load(dt + i.to(tl.int64) * dt_seq + head, mask=inside, other=0.0).to(tl.float32)
         log, _, to_end, _ = _decays(dt_c, a, i, ids, before, last, PACKED, L)
-        x_c = _tile(x + head * x_head, i, x_seq, inside, p, p_in)
+        x_c = _tile(x, i, x_seq, inside, p, p_in)
+        x += x_head
         dy = _tile(grad_y + head * P, i, heads * P, inside, p, p_in)
         x_f, dy_f = x_c.to(tl.float32), dy.to(tl.float32)
         tl.store(part_D + row * tl.num_programs(0) + chunk, tl.sum(tl.sum(x_f * dy_f, 1), 0))
@@ -769,7 +769,6 @@ def _backward(
                 arguments.exact,
                 num_warps=_WALK_WARPS,
                 num_stages=_WALK_STAGES,
-                maxnreg=_WALK_REGISTERS,
             )
             grid = (chunks, batch * heads // together)
             _queries_kernel[grid](
