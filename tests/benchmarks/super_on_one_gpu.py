@@ -2,11 +2,13 @@
 
     python tests/benchmarks/super_on_one_gpu.py [--save]
     python tests/benchmarks/super_on_one_gpu.py --offload-experts 20          a GPU of less than 80 GB
+    python tests/benchmarks/super_on_one_gpu.py --unread --context 1048576 --kv-dtype fp8 --no-mtp
     python tests/benchmarks/super_on_one_gpu.py --preset tiny --device cpu --context 64 --new-tokens 8
 
 Weights are made where they will lie and packed as they will be used, module by module: no expert ever exists in BF16. Random
 weights read as many bytes as real ones. What MTP drafts with them is never kept, so that of drafting the time of a step counts:
-divide real tokens per step (see mtp.py) by it.
+divide real tokens per step (see mtp.py) by it. With --unread a context is not read but made up, as random keys and values in the
+cache: steps behind it take the same time and memory.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import datetime
 import json
 import math
 import resource
+import sys
 import time
 
 import torch
@@ -24,7 +27,9 @@ from against_transformers import RESULTS, hardware
 from decoding import Statistics
 from nemotron_super import NemotronHConfig, NemotronHForCausalLM, NVFP4Config, preset
 from nemotron_super.conversion.quantizer import install_empty
+from nemotron_super.modeling.captured_decoding import DecodeStep
 from nemotron_super.modeling.quantized_layers import QuantizedExperts, QuantizedLinear
+from nemotron_super.modeling.static_cache import StaticAttentionLayer, StaticHybridCache
 
 E2M1_RMS, E4M3_RMS = 2.93, 95.0  # of codes that are all equally likely
 ONE = 0x38  # 1.0 in float8_e4m3fn
@@ -117,11 +122,32 @@ def gigabytes(model: torch.nn.Module, kind: str) -> float:
     return sum(t.nbytes for t in tensors.values()) / 1e9
 
 
+def unread_step_seconds(
+    model, context: int, steps: int, device: str, kv_dtype: torch.dtype | None
+) -> tuple[float, float]:
+    """Time of a step behind a context of random keys and values, and the gigabytes of these."""
+    cache = StaticHybridCache(model.config, context, kv_dtype=kv_dtype)
+    prompt = torch.randint(3, model.config.vocab_size, (1, 8), device=device)
+    token = model(prompt, cache=cache, logits_to_keep=1).logits[:, -1].argmax(-1)
+    stored = [
+        t for layer in cache.layers if isinstance(layer, StaticAttentionLayer) for t in (layer.keys, layer.values)
+    ]
+    for tensor in stored:
+        if tensor.element_size() == 1:
+            tensor.view(torch.uint8).random_(0, 0x60)  # numbers of up to 16
+        else:
+            tensor.normal_()
+    cache.slots.seen = context - 4 * steps - 1
+    step = DecodeStep(model, cache, 1, None)
+    took = seconds(lambda: [step(token) for _ in range(steps)], device, repeats=2)
+    return took / steps, sum(t.nbytes for t in stored) / 1e9
+
+
 @torch.inference_mode()
 def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
     """Build, generate, and say what it took."""
     start = time.perf_counter()
-    config = preset(options.preset)
+    config = preset(options.preset, **({"num_nextn_predict_layers": 0} if options.no_mtp else {}))
     model = build(config, options.recipe, options.device, options.offload_experts)
     found: dict[str, float | int | str] = {
         "layers": config.num_hidden_layers,
@@ -130,6 +156,11 @@ def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
         "weights, GB": gigabytes(model, options.device),
         "weights in CPU memory, GB": gigabytes(model, "cpu") if options.device != "cpu" else 0.0,
     }
+    if options.unread:
+        kv_dtype = torch.float8_e4m3fn if options.kv_dtype == "fp8" else None
+        step, kept = unread_step_seconds(model, options.context, options.new_tokens, options.device, kv_dtype)
+        found |= {"keys and values, GB": kept, "plain step, ms": step * 1e3, "plain, tokens/s": 1 / step}
+        return rounded(found | memory(options.device))
     length = options.context - options.new_tokens - SUBTRACTED
     prompt = torch.randint(3, config.vocab_size, (options.batch, length), device=options.device)
     cache = {} if options.cache == "dynamic" else {"cache_implementation": options.cache}
@@ -147,11 +178,21 @@ def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
         step = step_seconds(model, prompt, options.new_tokens, options.device, **cache, **drafting)
         found[f"step with {options.drafts} drafts, ms"] = step * 1e3
         found["tokens/s if all drafts were kept"] = options.batch * (options.drafts + 1) / step
-    if options.device == "cuda":
-        found["peak while generating, GB"] = torch.cuda.max_memory_allocated() / 1e9
-        found["memory of the GPU, GB"] = torch.cuda.get_device_properties(0).total_memory / 1e9
-    else:
-        found["peak of the process, GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return rounded(found | memory(options.device))
+
+
+def memory(device: str) -> dict[str, float]:
+    """The most that was held, in gigabytes."""
+    if device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        return {
+            "peak while generating, GB": torch.cuda.max_memory_allocated() / 1e9,
+            "memory of the GPU, GB": total / 1e9,
+        }
+    return {"peak of the process, GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+
+
+def rounded(found: dict[str, float | int | str]) -> dict[str, float | int | str]:
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in found.items()}
 
 
@@ -165,6 +206,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--drafts", type=int, default=2, help="tokens that MTP drafts a step; 0 leaves MTP out")
+    parser.add_argument("--no-mtp", action="store_true", help="a model without its MTP head")
+    parser.add_argument("--unread", action="store_true", help="make the context up instead of reading it")
+    parser.add_argument("--kv-dtype", default=None, choices=("fp8",), help="with --unread: keys and values in FP8")
     parser.add_argument("--cache", default=None, choices=("static", "dynamic"), help="static on a GPU, else dynamic")
     parser.add_argument("--prefill-chunk", type=int, default=0, help="read the prompt in pieces: takes less memory")
     parser.add_argument("--offload-experts", type=int, default=0, help="layers whose experts stay in CPU memory")
@@ -190,11 +234,12 @@ def main(arguments: list[str] | None = None) -> dict:
             "date": datetime.date.today().isoformat(),
             "hardware": hardware(options.device),
             "torch": torch.__version__,
-            "command": "python tests/benchmarks/super_on_one_gpu.py --save",
+            "command": "python tests/benchmarks/super_on_one_gpu.py " + " ".join(arguments or sys.argv[1:]),
             "options": {k: v for k, v in vars(options).items() if k != "save"},
             "found": found,
         }
-        (RESULTS / f"super_on_one_gpu_{options.device}.json").write_text(json.dumps(record, indent=1) + "\n")
+        what = "super_on_one_gpu_unread" if options.unread else "super_on_one_gpu"
+        (RESULTS / f"{what}_{options.device}.json").write_text(json.dumps(record, indent=1) + "\n")
     return found
 
 
