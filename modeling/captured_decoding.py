@@ -5,8 +5,9 @@ are transformers', only the forward of a token is ours. The next step is launche
 was the last, so that the device has work while the host runs processors and rules.
 
 Decoding with MTP (`CapturedReader`) answers the calls of `drafting.GrowingReader` with three kinds of steps: the head on what
-was settled, the head on a draft, and the backbone on a token and its drafts. Taking drafts back is a smaller position for
-attention, and for Mamba-2 a replay of the kept inputs at the beginning of the next step.
+was settled, the head on a draft, and the backbone on a token and its drafts; or all of a round as one, where it always drafts as
+many tokens and the likeliest. Taking drafts back is a smaller position for attention, and for Mamba-2 a replay of the kept inputs
+at the beginning of the next step.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from .drafting import MOST_DEPTHS, GrowingReader, tokens_behind
+from .speculative import accept_greedy
 from .static_cache import ReadAhead, StaticHybridCache, StaticMamba2Layer, StaticMTPCache, round_up
 
 logger = logging.get_logger(__name__)
@@ -231,6 +233,8 @@ class CapturedReader(GrowingReader):
         self.draft_logits = buffer("draft logits", (batch, 1, vocab), torch.float32, device)
         self.read_logits = buffer("read logits", (batch, self.most, vocab), torch.float32, device)
         self.kept = buffer("kept", (batch,), torch.long, device)
+        self.accepted = buffer("accepted", (batch,), torch.long, device)
+        self.own = buffer("own", (batch,), torch.long, device)
         self.head_slots = self.drafter.cache.slots
         cache.slots.begin(batch, device, self.mask)
         self.head_slots.begin(batch, device, self.drafter.mask)
@@ -301,6 +305,38 @@ class CapturedReader(GrowingReader):
             hidden = _backbone(self.model, self.cache, self.tokens_read[:, :count], layout)
         self.hidden[:, :count] = hidden
         self.read_logits[:, :count] = self.model.get_output_embeddings()(hidden)
+
+    def greedy_round(self, token: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draft the likeliest tokens, read them and see how many the backbone would have written, in one step.
+
+        Args:
+            token: (batch,), the newest.
+
+        Returns:
+            Drafts (batch, depth), the backbone's logits (batch, 1 + depth, vocab), and as of `accept_greedy` the drafts that are
+            kept (batch,) and the token behind them (batch,).
+        """
+        before, count = self.last_read, depth + 1
+        self.draft_token.copy_(token.unsqueeze(1))
+        reaches = self._reach(), self.cache.slots.reach_for(max(self.lengths) + count)
+        self.cache.graphs.run(("round", before, count, *reaches), lambda: self._compute_round(before, count, *reaches))
+        self.head_lengths = [a + b for a, b in zip(self.head_lengths, self.settled_now, strict=True)]
+        self.drafted, self.last_read = 0, count
+        return self.tokens_read[:, 1:count], self.read_logits[:, :count], self.accepted, self.own
+
+    def _compute_round(self, before: int, count: int, head_reach: int, reach: int) -> None:
+        self.tokens_read[:, :1] = self.draft_token
+        # All that was read goes to the head, so that one recording serves however much of it was kept: what was not is written over.
+        self._compute_first(max(before, 1), head_reach)
+        for drafted in range(1, count):
+            self.draft_token.copy_(self.draft_logits[:, -1].argmax(-1, keepdim=True))
+            self.tokens_read[:, drafted : drafted + 1] = self.draft_token
+            if drafted + 1 < count:
+                self._compute_next(drafted - 1, head_reach)
+        self._compute_read(before, count, reach)
+        kept, own = accept_greedy(self.tokens_read[:, 1:count], self.read_logits[:, :count])
+        self.accepted.copy_(kept)
+        self.own.copy_(own)
 
     def settle(self, kept: list[int], token: Tensor, open_rows: list[int]) -> None:
         # Finished rows stay where they are.

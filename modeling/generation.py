@@ -110,8 +110,8 @@ class _Rows:
         length = max(ends) if len(ends) == len(self.ends) else None
         return [row for row, written in enumerate(self.lengths) if length is None or written < length]
 
-    def process(self, logits: Tensor, drafts: Tensor) -> Tensor:
-        """Scores for (batch, n, vocab) logits, the i-th of which follows a row's tokens and its first i drafts."""
+    def process(self, logits: Tensor, drafts: Tensor, behind: int = 0) -> Tensor:
+        """Scores for (batch, n, vocab) logits, the i-th of which follows a row's tokens and its first `behind + i` drafts."""
         if not self.processors:
             return logits
         scores = logits.clone()
@@ -122,7 +122,8 @@ class _Rows:
             ids = self.written[[row if there else any_row for row, there in enumerate(here)], :length]
             chosen = torch.tensor(here, device=logits.device)
             for i in range(logits.shape[1]):
-                processed = self.processors(torch.cat([ids, drafts[:, :i]], dim=1), logits[:, i].clone())
+                seen = torch.cat([ids, drafts[:, : behind + i]], dim=1)
+                processed = self.processors(seen, logits[:, i].clone())
                 scores[chosen, i] = processed[chosen]
         return scores
 
@@ -275,13 +276,20 @@ def generate_with_mtp(
 
     depth, schedule = config.num_assistant_tokens, config.num_assistant_tokens_schedule
     threshold = config.assistant_confidence_threshold
+    # Nothing but the likeliest tokens, always as many drafts: then a round is one step.
+    whole = isinstance(reader, CapturedReader) and not (config.do_sample or rows.processors or threshold)
+    whole = whole and schedule == "constant"
     while open_rows := rows.open_rows():
         # A step yields one token more than it drafts; none may lie behind `max_length`.
         room = max(config.max_length - rows.lengths[row] for row in open_rows)
-        drafts, q = _draft(reader, rows, no_drafts, min(depth, room - 1), config.do_sample, threshold)
+        if whole and depth < room:
+            drafts, logits, kept, token = reader.greedy_round(token, depth)
+            scores = logits
+        else:
+            drafts, q = _draft(reader, rows, no_drafts, min(depth, room - 1), config.do_sample, threshold)
+            logits = reader.read(torch.cat([token.unsqueeze(1), drafts], dim=1))
+            kept, token, scores = choose(logits, drafts, q)
         k = drafts.shape[1]
-        logits = reader.read(torch.cat([token.unsqueeze(1), drafts], dim=1))
-        kept, token, scores = choose(logits, drafts, q)
 
         # How far each row goes: to its first refused draft, or to where it finishes. The host waits here, once a step.
         found = torch.cat([kept.unsqueeze(1), drafts, token.unsqueeze(1)], dim=1)
@@ -330,7 +338,7 @@ def _draft(
     logits = reader.first_draft()
     for made in range(depth):
         # The processors see what they will see when the backbone's scores for this position are processed.
-        scores = rows.process(logits.expand(-1, made + 1, -1), drafts)[:, -1] if rows.processors else logits[:, -1]
+        scores = rows.process(logits, drafts, behind=made)[:, -1]
         if do_sample:
             chance = scores.softmax(-1)
             token = torch.multinomial(chance, 1)
