@@ -27,6 +27,9 @@ from ._overlap import next_may_begin, overlap, prefetch, previous_done
 Packed = tuple[Tensor, Tensor | None, Tensor]
 
 _FILL = 528  # programs that keep every multiprocessor of the largest GPUs busy, at four each
+# What `stream` gives a program: rows of a block, words of a stretch; and how many programs one wave of them is. Measured on an
+# H100: rows of experts in stretches of 64 words, each thread with two words of four rows; long rows as they are.
+_LONG, _STACKED = (8, 128, 792), (16, 64, _FILL)
 FEW = 8  # vectors that one pass of `few` takes: the least a tensor core does
 
 
@@ -617,9 +620,7 @@ def stream(
     codes, block_scale, scale = packed
     vectors = x.shape[0] * shared if which is None else which.numel()
     words = width * bits // 64
-    # Measured on an H100: rows of experts in stretches of 64 words, each thread with two words of four rows; long rows as they are.
-    long = which is None
-    block_rows, step = (8, 128) if long else (16, 64)
+    block_rows, step, wave = _LONG if which is None else _STACKED
     parts = triton.cdiv(words, step) if apart and bits == 4 else int(words <= step)
     out = torch.empty(
         vectors, max(parts, 1), rows, dtype=torch.float32 if parts > 1 else x.dtype, device=x.device
@@ -628,7 +629,7 @@ def stream(
         x = _aligned(x)
         blocks = triton.cdiv(rows, block_rows)
         # One wave of programs, if the vectors allow it.
-        at_once = (792 if long else _FILL) // (vectors * max(parts, 1))
+        at_once = wave // (vectors * max(parts, 1))
         each = triton.cdiv(blocks, max(1, min(blocks, at_once)))
         with on(x):
             _stream_kernel[(triton.cdiv(blocks, each), vectors, max(parts, 1))](
