@@ -441,6 +441,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                 prepared.assistant_confidence_threshold = 0.0
         return prepared, model_kwargs
 
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
+        # Whoever drafts for another model is given the mask of its text, or none since nothing in it is padding: a text that
+        # holds the padding token is no reason to look for some.
+        if generation_config.is_assistant:
+            return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.long)
+        return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         if generation_config.use_mtp:
             check_mtp_options(self, generation_config, generation_mode_kwargs.get("assistant_model"))

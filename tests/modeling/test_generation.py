@@ -140,6 +140,17 @@ def test_other_drafters_write_the_same_text(
     assert write(cache_implementation=cache, **drafts).tolist() == write().tolist()
 
 
+def test_an_assistant_reads_a_padding_token_as_text(make_model, prompts):
+    """A text may hold the token that pads: what was written is never padding."""
+    model, assistant = make_model("ME"), make_model("M*", seed=1, scale=1.0)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # always writes token 0
+    ids, _ = prompts(1, 4, False, 0)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found = model.generate(ids, assistant_model=assistant, **options)
+    assert found.tolist() == [[*ids[0].tolist(), *[0] * 8]]
+
+
 def chi_square(counts, expected):
     """p-value of counts against expected counts; rare outcomes taken together."""
     rare = expected < 5
