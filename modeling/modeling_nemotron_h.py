@@ -41,6 +41,7 @@ from .published_state import take_published_names
 from .quantization_file import drop_quantization, find_quantization
 from .remote_code import AUTO_MAP, STUB_FILE, write_stub
 from .static_cache import StaticHybridCache
+from .stopping_drafts import stopping_at, until_stop
 from .token_layout import TokenLayout, describe_tokens
 from .weight_checks import check_headers, name_truncated_file, refuse_non_finite, refuse_pickled
 
@@ -460,9 +461,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         # `generate` looks the decoding loop up by this name, for every kind of drafts.
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
         if not generation_config.use_mtp:
-            return super()._assisted_decoding(*arguments, inputs_tensor=inputs_tensor, **kwargs)
+            with stopping_at(stopping_criteria):
+                return super()._assisted_decoding(*arguments, inputs_tensor=inputs_tensor, **kwargs)
         names = ("streamer", "cache", "attention_mask", "inputs_embeds")
         return generate_with_mtp(self, *arguments, **{name: kwargs.get(name) for name in names})
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        return until_stop(super()._get_candidate_generator(*args, **kwargs))
 
     def _sample(
         self,

@@ -140,6 +140,24 @@ def test_other_drafters_write_the_same_text(
     assert write(cache_implementation=cache, **drafts).tolist() == write().tolist()
 
 
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
+def test_a_stop_inside_a_draft(how, make_model, rules):
+    """The text ends where the rule is met, though more of the draft would be kept."""
+    model = make_model("ME*")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # always writes token 0
+    ids = torch.tensor([[7, 0, 0, 0, 0, 0, 7]])
+    if how == "prompt lookup":
+        drafts = {"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 1}
+    else:
+        model.generation_config.num_assistant_tokens = 5
+        model.generation_config.num_assistant_tokens_schedule = "constant"
+        drafts = {"assistant_model": model}
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    found = model.generate(ids, stopping_criteria=[rules.StopAfter((0, 0))], **options, **drafts)
+    assert found[0, ids.shape[1] :].tolist() == [0, 0]
+
+
 def test_an_assistant_reads_a_padding_token_as_text(make_model, prompts):
     """A text may hold the token that pads: what was written is never padding."""
     model, assistant = make_model("ME"), make_model("M*", seed=1, scale=1.0)
