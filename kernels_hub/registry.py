@@ -222,7 +222,12 @@ def _add_norm_limits(x: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
 
 
 def _conv_replay_limits(
-    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, settled: int = 0
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    settled: int = 0,
+    kept: Tensor | None = None,
 ) -> str | None:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return "the kernel has no gradient: call it under `torch.no_grad()`"
@@ -243,6 +248,8 @@ def _state_replay_limits(
 ) -> str | None:
     if torch.is_grad_enabled() and (x.requires_grad or dt.requires_grad or A.requires_grad):
         return "the kernel has no gradient: call it under `torch.no_grad()`"
+    if settled and state.dtype in STOCHASTIC:
+        return f"`state` is {state.dtype}, which has to be rounded stochastically; the kernel rounds to nearest"
     return _replayed(x, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from .causal_conv1d import causal_conv1d
 from .ssd_chunk_scan import ssd_chunk_scan
+from .stochastic_round import store_as
 from .time_step import ANY_STEP, decay, time_step
+
+
+def _there(kept: Tensor, settled: int, tokens: int) -> Tensor:
+    """(batch, tokens): whether a row has a token."""
+    t = torch.arange(tokens, device=kept.device)
+    return (t < kept.unsqueeze(1)) | (t >= settled)
 
 
 def causal_conv1d_replay(
@@ -21,6 +28,7 @@ def causal_conv1d_replay(
     weight: Tensor,
     bias: Tensor | None = None,
     settled: int = 0,
+    kept: Tensor | None = None,
     conv: Callable[..., Tensor] = causal_conv1d,
 ) -> Tensor:
     """The convolution's outputs for a few tokens behind `state`.
@@ -31,14 +39,25 @@ def causal_conv1d_replay(
         x: (batch, tokens, channels).
         weight, bias: as in `causal_conv1d`.
         settled: 0 to tokens.
+        kept: (batch,) integers, or None for all: how many of the settled tokens a row has. To it, the others never came.
 
     Returns:
-        (batch, tokens, channels) in the dtype of x.
+        (batch, tokens, channels) in the dtype of x; 0 for tokens that a row has not.
     """
-    out = conv(x, weight, bias, state)
-    if settled:
-        state.copy_(torch.cat([state, x[:, :settled].transpose(1, 2).to(state.dtype)], -1)[..., settled:])
-    return out
+    if not settled:
+        return conv(x, weight, bias, state)
+    batch, tokens, channels = x.shape
+    kernel = weight.shape[1]
+    taken = torch.full((batch,), settled, device=x.device) if kept is None else kept.clamp(max=settled)
+    # A row's own tokens come first, so that each has those before it where the convolution looks for them.
+    there = _there(taken, settled, tokens)
+    order = there.logical_not().to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1).expand_as(x)
+    x = x.gather(1, order)
+    out = torch.zeros_like(x).scatter_(1, order, conv(x, weight, bias, state))
+    inputs = torch.cat([state, x.mT.to(state.dtype)], dim=-1)
+    slots = taken.unsqueeze(1) + torch.arange(kernel, device=x.device)
+    state.copy_(inputs.gather(2, slots.unsqueeze(1).expand(-1, channels, -1)))
+    return out.masked_fill_(there.logical_not().unsqueeze(-1), 0)
 
 
 def selective_state_replay(
@@ -50,31 +69,36 @@ def selective_state_replay(
     C: Tensor,
     D: Tensor,
     settled: int = 0,
+    kept: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_limit: tuple[float, float] = ANY_STEP,
     scan: Callable[..., tuple[Tensor, Tensor]] = ssd_chunk_scan,
 ) -> Tensor:
-    """The recurrence's outputs for a few tokens behind `state`.
+    """The recurrence's outputs for the last of a few tokens behind `state`.
 
     Args:
-        state: (batch, heads, head_dim, state_size); advanced in place by the first `settled` tokens.
+        state: (batch, heads, head_dim, state_size); advanced in place by the first `settled` tokens, and rounded to its dtype
+            only then, stochastically where that has 16 bits.
         x: (batch, tokens, heads, head_dim).
         dt: (batch, tokens, heads), after softplus; 0 leaves the state as it is. With `dt_bias` what is projected.
         A: (heads,), negative. With `dt_bias` as the model keeps it, log(-A).
         B, C: (batch, tokens, groups, state_size).
         D: (heads,).
         settled: 0 to tokens.
+        kept: as in `causal_conv1d_replay`.
         dt_bias, dt_limit: as in `selective_state_update`.
 
     Returns:
-        (batch, tokens, heads, head_dim) in the dtype of x.
+        (batch, tokens - settled, heads, head_dim) in the dtype of x: of the tokens behind those settled.
     """
     if dt_bias is not None:
         dt, A = time_step(dt, dt_bias, dt_limit), decay(A)
-    y, last = scan(x, dt, A, B, C, D, initial_state=state)
+    tokens = x.shape[1]
+    if kept is not None:
+        dt = dt * _there(kept, settled, tokens).unsqueeze(-1)
+    last = state
     if settled:
-        if settled < x.shape[1]:
-            x, dt, B, C = (t[:, :settled] for t in (x, dt, B, C))
-            last = scan(x, dt, A, B, C, D, initial_state=state)[1]
-        state.copy_(last)
-    return y
+        _, last = scan(x[:, :settled], dt[:, :settled], A, B[:, :settled], C[:, :settled], D, initial_state=state)
+        state.copy_(store_as(last, state.dtype))
+    x, dt, B, C = (t[:, settled:] for t in (x, dt, B, C))
+    return x if settled == tokens else scan(x, dt, A, B, C, D, initial_state=last)[0]

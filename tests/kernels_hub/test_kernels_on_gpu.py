@@ -144,6 +144,19 @@ def test_replay(check, batch, tokens, settled):
     check("causal_conv1d_replay", args, grad=False, in_place=1)
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_replay_of_what_was_kept(check, batch, kept):
+    counts = (kept + torch.arange(batch)) % 4
+    x, dt, A, B, C, D, _, state, _ = scan_inputs(batch, 6, 128, 8, torch.bfloat16, False)
+    projected = [dt.bfloat16(), (-A).log(), normal(128, dtype=torch.float32), (0.001, 0.1)]
+    for step, decay, *named in ([dt, A], projected):
+        args = [state, x, step, decay, B, C, D, 3, counts, *named]
+        check("selective_state_replay", args, grad=False, in_place=1)
+    args = [normal(batch, 10240, 4), normal(batch, 6, 10240), normal(10240, 4), normal(10240), 3, counts]
+    check("causal_conv1d_replay", args, grad=False, in_place=1)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 3000])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_with_residual(check, dtype, rows):

@@ -17,7 +17,26 @@ from ._overlap import next_may_begin, overlap, previous_done
 from .selective_state_update import ANY_STEP, decay_of, time_step
 
 _ROWS = 16  # of the state a program advances, as for one token
-_CHANNELS = 128
+_TOKENS, _CHANNELS = 8, 128  # that a program convolves at once
+
+
+@triton.jit
+def _taken(kept, batch, settled, HAS_KEPT: tl.constexpr):
+    """How many of the settled tokens a row has."""
+    count = settled
+    if HAS_KEPT:
+        count = tl.minimum(tl.load(kept + batch), settled).to(tl.int32)
+    return count
+
+
+@triton.jit
+def _inputs(window, x, x_seq, c, source, needed, taken, refused, KERNEL: tl.constexpr):
+    """(sources, channels): a row's inputs, numbered from its first token on as if those refused had never come."""
+    row = source + tl.where(source < taken, 0, refused)
+    new = tl.load(x + row[:, None] * x_seq + c[None, :], mask=needed & (source >= 0)[:, None], other=0.0)
+    before = window + c[None, :] * KERNEL + (KERNEL + source)[:, None]
+    old = tl.load(before, mask=needed & (source < 0)[:, None], other=0.0)
+    return tl.where((source >= 0)[:, None], new.to(tl.float32), old.to(tl.float32))
 
 
 @triton.jit
@@ -26,6 +45,7 @@ def _conv_kernel(
     x,
     weight,
     bias,
+    kept,
     out,
     tokens,
     channels,
@@ -36,6 +56,8 @@ def _conv_kernel(
     KERNEL: tl.constexpr,
     TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
+    T: tl.constexpr,
     C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -44,30 +66,43 @@ def _conv_kernel(
     batch = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * C + tl.arange(0, C)
     inside = c < channels
+    taken = _taken(kept, batch, settled, HAS_KEPT)
+    refused = settled - taken
     x += batch * x_batch
     x_seq += tl.full((), 0, tl.int64)
     out += batch * tokens * channels
-    window = state + batch * state_batch + c * KERNEL
-    for t in range(0, tokens):
-        total = tl.zeros([C], tl.float32)
+    window = state + batch * state_batch
+    for first in range(0, tokens, T):
+        t = first + tl.arange(0, T)
+        there = (t < taken) | ((t >= settled) & (t < tokens))
+        needed = there[:, None] & inside[None, :]
+        place = t - tl.where(t < settled, 0, refused)
+        total = tl.zeros([T, C], tl.float32)
         if HAS_BIAS:
-            total += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
         for k in tl.static_range(KERNEL):
-            source = t - (KERNEL - 1) + k
-            new = tl.load(x + source * x_seq + c, mask=inside & (source >= 0), other=0.0).to(tl.float32)
-            old = tl.load(window + (KERNEL + source), mask=inside & (source < 0), other=0.0).to(tl.float32)
-            total += (new + old) * tl.load(weight + c * KERNEL + k, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + t * channels + c, (total * tl.sigmoid(total)).to(out.dtype.element_ty), mask=inside)
+            tap = tl.load(weight + c * KERNEL + k, mask=inside, other=0.0).to(tl.float32)
+            source = place - (KERNEL - 1) + k
+            total += _inputs(window, x, x_seq, c, source, needed, taken, refused, KERNEL) * tap[None, :]
+        y = tl.where(needed, total * tl.sigmoid(total), 0.0)
+        written = (t < tokens)[:, None] & inside[None, :]
+        tl.store(out + t[:, None] * channels + c[None, :], y.to(out.dtype.element_ty), mask=written)
     if settled > 0:
         slot = tl.arange(0, TAPS)
-        source = settled - KERNEL + slot
-        used = inside[:, None] & (slot < KERNEL)[None, :]
-        new = tl.load(x + source[None, :] * x_seq + c[:, None], mask=used & (source >= 0)[None, :], other=0.0)
-        old = tl.load(window[:, None] + (KERNEL + source)[None, :], mask=used & (source < 0)[None, :], other=0.0)
-        moved = tl.where((source >= 0)[None, :], new.to(state.dtype.element_ty), old)
+        used = (slot < KERNEL)[:, None] & inside[None, :]
+        moved = _inputs(window, x, x_seq, c, taken - KERNEL + slot, used, taken, refused, KERNEL)
         # Every thread has read the old window before any writes the new one.
         tl.debug_barrier()
-        tl.store(window[:, None] + slot[None, :], moved, mask=used)
+        tl.store(window + c[None, :] * KERNEL + slot[:, None], moved.to(state.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def _advance(h, x, dt, B, a, shift, p, n, p_in, n_in, shortest, longest, RAW: tl.constexpr):
+    """The state behind one token, and the token's x."""
+    x_p = tl.load(x + p, mask=p_in, other=0.0).to(tl.float32)
+    step = time_step(tl.load(dt), shift, shortest, longest, RAW)
+    B_n = tl.load(B + n, mask=n_in, other=0.0).to(tl.float32)
+    return h * tl.exp(step * a) + (step * x_p)[:, None] * B_n[None, :], x_p
 
 
 @triton.jit
@@ -80,6 +115,7 @@ def _state_kernel(
     C,
     D,
     dt_bias,
+    kept,
     y,
     shortest,
     longest,
@@ -105,6 +141,7 @@ def _state_kernel(
     BP: tl.constexpr,
     BN: tl.constexpr,
     RAW: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     batch = (tl.program_id(0) // heads).to(tl.int64)
@@ -124,19 +161,22 @@ def _state_kernel(
     dt += batch * dt_batch + head
     B += batch * B_batch + group * B_group
     C += batch * C_batch + group * C_group
-    y += (batch * tokens * heads + head) * P
+    y += (batch * (tokens - settled) * heads + head) * P
     wide = tl.full((), 0, tl.int64)
     x_seq, dt_seq, B_seq, C_seq = x_seq + wide, dt_seq + wide, B_seq + wide, C_seq + wide
-    for t in range(0, tokens):
-        x_p = tl.load(x + t * x_seq + p, mask=p_in, other=0.0).to(tl.float32)
-        step = time_step(tl.load(dt + t * dt_seq), shift, shortest, longest, RAW)
-        B_n = tl.load(B + t * B_seq + n, mask=n_in, other=0.0).to(tl.float32)
+    for t in range(0, _taken(kept, batch, settled, HAS_KEPT)):
+        h, _ = _advance(
+            h, x + t * x_seq, dt + t * dt_seq, B + t * B_seq, a, shift, p, n, p_in, n_in, shortest, longest, RAW
+        )
+    if settled > 0:
+        tl.store(place, h.to(state.dtype.element_ty), mask=both)
+    for t in range(settled, tokens):
+        h, x_p = _advance(
+            h, x + t * x_seq, dt + t * dt_seq, B + t * B_seq, a, shift, p, n, p_in, n_in, shortest, longest, RAW
+        )
         C_n = tl.load(C + t * C_seq + n, mask=n_in, other=0.0).to(tl.float32)
-        h = h * tl.exp(step * a) + (step * x_p)[:, None] * B_n[None, :]
         out = tl.sum(h * C_n[None, :], 1) + skip * x_p
-        tl.store(y + t * heads * P + p, out.to(y.dtype.element_ty), mask=p_in)
-        if t == settled - 1:
-            tl.store(place, h.to(state.dtype.element_ty), mask=both)
+        tl.store(y + (t - settled) * heads * P + p, out.to(y.dtype.element_ty), mask=p_in)
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -144,7 +184,7 @@ def _dense(t: Tensor) -> Tensor:
 
 
 @operator("causal_conv1d_replay", mutates_args=("state",))
-def _conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settled: int) -> Tensor:
+def _conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settled: int, kept: Tensor | None) -> Tensor:
     batch, tokens, channels = x.shape
     kernel = weight.shape[1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -157,6 +197,7 @@ def _conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settled
             x,
             weight,
             weight if bias is None else bias,
+            weight if kept is None else kept.contiguous(),
             out,
             tokens,
             channels,
@@ -167,8 +208,10 @@ def _conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settled
             kernel,
             triton.next_power_of_2(kernel),
             bias is not None,
+            kept is not None,
+            _TOKENS,
             _CHANNELS,
-            num_warps=2,
+            num_warps=4,
             **overlap(x),
         )
     return out
@@ -184,6 +227,7 @@ def _state(
     C: Tensor,
     D: Tensor,
     settled: int,
+    kept: Tensor | None,
     dt_bias: Tensor | None,
     shortest: float,
     longest: float,
@@ -191,8 +235,8 @@ def _state(
     batch, tokens, heads, head_dim = x.shape
     state_size = state.shape[3]
     x, dt, B, C = _dense(x), _dense(dt), _dense(B), _dense(C)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
+    y = torch.empty(batch, tokens - settled, heads, head_dim, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
         return y
     rows = min(_ROWS, triton.next_power_of_2(head_dim))
     with on(x):
@@ -205,6 +249,7 @@ def _state(
             C,
             D.contiguous(),
             D if dt_bias is None else dt_bias.contiguous(),
+            D if kept is None else kept.contiguous(),
             y,
             shortest,
             longest,
@@ -222,6 +267,7 @@ def _state(
             rows,
             block(state_size, 1),
             dt_bias is not None,
+            kept is not None,
             num_warps=2,
             **overlap(x),
         )
@@ -229,17 +275,22 @@ def _state(
 
 
 @_conv.register_fake
-def _(state, x, weight, bias, settled):
+def _(state, x, weight, bias, settled, kept):
     return x.new_empty(x.shape)
 
 
 @_state.register_fake
-def _(state, x, dt, A, B, C, D, settled, dt_bias, shortest, longest):
-    return x.new_empty(x.shape)
+def _(state, x, dt, A, B, C, D, settled, kept, dt_bias, shortest, longest):
+    return x.new_empty(x.shape[0], x.shape[1] - settled, *x.shape[2:])
 
 
 def causal_conv1d_replay(
-    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, settled: int = 0
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    settled: int = 0,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """The convolution's outputs for a few tokens behind `state`. Has no gradient.
 
@@ -249,11 +300,12 @@ def causal_conv1d_replay(
         x: (batch, tokens, channels).
         weight, bias: as in `causal_conv1d`.
         settled: 0 to tokens.
+        kept: (batch,) integers, or None for all: how many of the settled tokens a row has. To it, the others never came.
 
     Returns:
-        (batch, tokens, channels) in the dtype of x.
+        (batch, tokens, channels) in the dtype of x; 0 for tokens that a row has not.
     """
-    return _conv(state, x, weight, bias, settled)
+    return _conv(state, x, weight, bias, settled, kept)
 
 
 def selective_state_replay(
@@ -265,10 +317,11 @@ def selective_state_replay(
     C: Tensor,
     D: Tensor,
     settled: int = 0,
+    kept: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_limit: tuple[float, float] = ANY_STEP,
 ) -> Tensor:
-    """The recurrence's outputs for a few tokens behind `state`. Has no gradient.
+    """The recurrence's outputs for the last of a few tokens behind `state`. Has no gradient.
 
     Args:
         state: (batch, heads, head_dim, state_size), dense in its last two dimensions. Advanced in place by the first
@@ -279,9 +332,10 @@ def selective_state_replay(
         B, C: (batch, tokens, groups, state_size).
         D: (heads,).
         settled: 0 to tokens.
+        kept: as in `causal_conv1d_replay`.
         dt_bias, dt_limit: as in `selective_state_update`.
 
     Returns:
-        (batch, tokens, heads, head_dim) in the dtype of x.
+        (batch, tokens - settled, heads, head_dim) in the dtype of x: of the tokens behind those settled.
     """
-    return _state(state, x, dt, A, B, C, D, settled, dt_bias, *dt_limit)
+    return _state(state, x, dt, A, B, C, D, settled, kept, dt_bias, *dt_limit)
