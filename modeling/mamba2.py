@@ -9,6 +9,7 @@ Without gradients the sequence goes through in segments that carry the state, so
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,16 +57,15 @@ class NemotronHCausalConv1d(nn.Conv1d):
         seq_idx: Tensor | None = None,
         hub: Callable[..., Tensor] | None = None,
         replay: bool = False,
-        settled: int = 0,
-        kept: Tensor | None = None,
+        **drafts: Any,
     ) -> Tensor:
         """(batch, seq, channels) -> the same; or one token (batch, channels), which advances `state` in place.
 
-        `hub`: a kernel to use in the place of the registry's choice. `replay`: the sequence is a few tokens, without ids, and
-        `settled` and `kept` are those of `causal_conv1d_replay`.
+        `hub`: a kernel to use in the place of the registry's choice. `replay`: the sequence is a few tokens, without ids, that
+        columns which are not convolved may follow; `drafts` are arguments of `causal_conv1d_replay`.
         """
         if replay:
-            return causal_conv1d_replay(state, x, self.weight.squeeze(1), self.bias, settled, kept)
+            return causal_conv1d_replay(state, x, self.weight.squeeze(1), self.bias, **drafts)
         if x.dim() == 2:
             return causal_conv1d_update(state, x, self.weight.squeeze(1), self.bias, hub=hub)
         return causal_conv1d(x, self.weight.squeeze(1), self.bias, state, seq_idx, hub=hub)
@@ -178,7 +178,7 @@ class NemotronHMamba2Mixer(nn.Module):
         if conv_state is None or ssm_state is None or torch.is_grad_enabled() or self._any_hub():
             y, *_ = self._recur(*self._split(inputs), conv_state, ssm_state)
         else:
-            y = self._replay(*self._split(inputs), conv_state, ssm_state)
+            y = self._replay(inputs, conv_state, ssm_state)
         parts.append(self.out_proj(self.norm(y[:, -new:], z)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -267,21 +267,23 @@ class NemotronHMamba2Mixer(nn.Module):
 
     def _replay(
         self,
-        conv_in: Tensor,
-        dt: Tensor,
+        inputs: Tensor,
         conv_state: Tensor,
         ssm_state: Tensor,
+        drafts: Tensor | None = None,
         settled: int = 0,
         kept: Tensor | None = None,
     ) -> Tensor:
-        """As `_recur`, for a few tokens of which the first `settled` go into the states, in place, and the rest do not.
+        """As `_recur`, for a few tokens that stay out of the states: only y, (batch, tokens, heads * head_dim).
 
-        `kept`: (batch,) int64, how many of those settled each row has; None for all. Returns y of the rest, (batch, tokens -
-        settled, heads * head_dim).
+        Args:
+            inputs: (batch, tokens, conv_dim + heads).
+            drafts, settled, kept: as in `causal_conv1d_replay`: older inputs, which go into the states, in place.
         """
-        batch, length, _ = conv_in.shape
-        xBC = self.conv1d(conv_in, conv_state, replay=True, settled=settled, kept=kept)
-        x, B, C = xBC.split([self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1)
+        out = self.conv1d(inputs, conv_state, replay=True, drafts=drafts, settled=settled, kept=kept)
+        groups = self.n_groups * self.state_size
+        x, B, C, dt = out.split([self.intermediate_size, groups, groups, self.num_heads], dim=-1)
+        batch, length, _ = out.shape
         y = selective_state_replay(
             ssm_state,
             x.view(batch, length, self.num_heads, self.head_dim),
@@ -333,20 +335,17 @@ class NemotronHMamba2Mixer(nn.Module):
     def _read_ahead(self, hidden_states: Tensor, layer: StaticMamba2Layer, residual: Tensor | None) -> Tensor:
         """Drafts, in a fixed step: the kept tokens of the last step go into the states, in place; the new ones do not."""
         z, new = self.in_proj(hidden_states).tensor_split([self.intermediate_size], dim=-1)
-        inputs = torch.cat([layer.drafts[:, : layer.read_ahead.count], new], dim=1)
-        layer.drafts[:, : new.shape[1]] = new
-        y = self._behind_drafts(inputs, layer)
+        y = self._behind_drafts(new, layer)
         return product_of(self.out_proj, self.norm(y, z), plus=(residual,))
 
     def take_drafts(self, layer: StaticMamba2Layer) -> None:
         """Advance a layer's states, in place, by those of its drafts that are kept."""
         if layer.read_ahead.count:
-            self._behind_drafts(layer.drafts[:, : layer.read_ahead.count], layer)
+            self._behind_drafts(layer.drafts[:, :0], layer)
 
     def _behind_drafts(self, inputs: Tensor, layer: StaticMamba2Layer) -> Tensor:
-        """`_replay` of a layer's drafts and of tokens behind them, (batch, drafts + tokens, conv_dim + heads)."""
         ahead, conv_state, ssm_state = layer.read_ahead, layer.conv_states[0], layer.recurrent_states[0]
-        return self._replay(*self._split(inputs), conv_state, ssm_state, ahead.count, ahead.kept)
+        return self._replay(inputs, conv_state, ssm_state, layer.drafts, ahead.count, ahead.kept)
 
     def _hub(self, name: str) -> Callable[..., Tensor] | None:
         return put_in_place(self._kernel_funcs[name])

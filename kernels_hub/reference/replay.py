@@ -27,37 +27,41 @@ def causal_conv1d_replay(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
+    drafts: Tensor | None = None,
     settled: int = 0,
     kept: Tensor | None = None,
     conv: Callable[..., Tensor] = causal_conv1d,
 ) -> Tensor:
-    """The convolution's outputs for a few tokens behind `state`.
+    """The convolution's outputs for a few tokens behind `state` and behind drafts.
 
     Args:
-        state: (batch, channels, kernel), the last `kernel` inputs, oldest first; advanced in place by the first `settled`
-            tokens.
-        x: (batch, tokens, channels).
+        state: (batch, channels, kernel), the last `kernel` inputs, oldest first; advanced in place by the settled tokens.
+        x: (batch, tokens, width), the new tokens. What is in columns behind the first `channels` is passed on as it is.
         weight, bias: as in `causal_conv1d`.
-        settled: 0 to tokens.
+        drafts: (batch, room, width) or None. The first `settled` tokens in it come before x; then it holds x in their place.
+        settled: 0 to room.
         kept: (batch,) integers, or None for all: how many of the settled tokens a row has. To it, the others never came.
 
     Returns:
-        (batch, tokens, channels) in the dtype of x; 0 for tokens that a row has not.
+        (batch, settled + tokens, width) in the dtype of x; 0 for tokens that a row has not.
     """
-    if not settled:
-        return conv(x, weight, bias, state)
-    batch, tokens, channels = x.shape
-    kernel = weight.shape[1]
+    channels, kernel = weight.shape
+    inputs = x
+    if drafts is not None:
+        inputs = torch.cat([drafts[:, :settled], x], dim=1)
+        drafts[:, : x.shape[1]] = x
+    batch, tokens, _ = inputs.shape
     taken = torch.full((batch,), settled, device=x.device) if kept is None else kept.clamp(max=settled)
     # A row's own tokens come first, so that each has those before it where the convolution looks for them.
     there = _there(taken, settled, tokens)
-    order = there.logical_not().to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1).expand_as(x)
-    x = x.gather(1, order)
-    out = torch.zeros_like(x).scatter_(1, order, conv(x, weight, bias, state))
-    inputs = torch.cat([state, x.mT.to(state.dtype)], dim=-1)
-    slots = taken.unsqueeze(1) + torch.arange(kernel, device=x.device)
-    state.copy_(inputs.gather(2, slots.unsqueeze(1).expand(-1, channels, -1)))
-    return out.masked_fill_(there.logical_not().unsqueeze(-1), 0)
+    order = there.logical_not().to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1).expand_as(inputs)
+    inputs = inputs.gather(1, order)
+    out = torch.cat([conv(inputs[..., :channels], weight, bias, state), inputs[..., channels:]], dim=-1)
+    if settled:
+        past = torch.cat([state, inputs[..., :channels].mT.to(state.dtype)], dim=-1)
+        slots = taken.unsqueeze(1) + torch.arange(kernel, device=x.device)
+        state.copy_(past.gather(2, slots.unsqueeze(1).expand(-1, channels, -1)))
+    return torch.zeros_like(out).scatter_(1, order, out).masked_fill_(there.logical_not().unsqueeze(-1), 0)
 
 
 def selective_state_replay(
@@ -85,7 +89,7 @@ def selective_state_replay(
         B, C: (batch, tokens, groups, state_size).
         D: (heads,).
         settled: 0 to tokens.
-        kept: as in `causal_conv1d_replay`.
+        kept: (batch,) integers, or None for all: how many of the settled tokens a row has. To it, the others never came.
         dt_bias, dt_limit: as in `selective_state_update`.
 
     Returns:

@@ -370,21 +370,25 @@ def settlements(draw, batch, tokens):
 @some
 @given(
     batch=st.integers(1, 3),
-    tokens=st.integers(1, 18),
+    tokens=st.integers(0, 18),
+    room=st.integers(1, 18),
     channels=st.sampled_from([1, 7, 128, 130]),
+    more=st.sampled_from([0, 3, 130]),
     kernel=st.integers(2, 5),
     with_bias=st.booleans(),
     data=st.data(),
     dtype=st.sampled_from(DTYPES),
     seed=seeds,
 )
-def test_convolution_replayed(check, batch, tokens, channels, kernel, with_bias, data, dtype, seed):
-    settled, kept = data.draw(settlements(batch, tokens))
-    state, x, weight, bias = normal(
-        seed, (batch, channels, kernel), (batch, tokens, channels), (channels, kernel), (channels,), dtype=dtype
-    )
-    args = [state, x, weight, bias if with_bias else None, settled, kept]
-    check("causal_conv1d_replay", args, grad=False, in_place=1)
+def test_convolution_replayed(check, batch, tokens, room, channels, more, kernel, with_bias, data, dtype, seed):
+    state, x, weight, bias, drafts = normal(
+        seed, (batch, channels, kernel), (batch, tokens, channels + more), (channels, kernel), (channels,),
+        (batch, max(room, tokens), channels + more), dtype=dtype,
+    )  # fmt: skip
+    args = [state, x, weight, bias if with_bias else None]
+    if data.draw(st.booleans(), "behind drafts") or not tokens:
+        args += [drafts, *data.draw(settlements(batch, drafts.shape[1]))]
+    check("causal_conv1d_replay", args, grad=False, in_place=5)
 
 
 @some
@@ -431,7 +435,10 @@ def test_replaying_is_stepping(dtype):
             torch.testing.assert_close(
                 registry.selective_state_replay(now, x, dt, A, B, C, D, settled), y[:, settled:]
             )
-            torch.testing.assert_close(registry.causal_conv1d_replay(now_window, inputs, taps, None, settled), out)
+            drafts, new = inputs.clone(), inputs[:, settled:]
+            found = registry.causal_conv1d_replay(now_window, new, taps, None, drafts, settled)
+            torch.testing.assert_close(found, out)
+            assert torch.equal(drafts, torch.cat([new, inputs[:, 5 - settled :]], 1))
             if settled == 0:
                 assert torch.equal(now, state) and torch.equal(now_window, window)
             rest = registry.selective_state_replay(now, *(v[:, settled:] for v in (x, dt)), A, B[:, settled:], C[:, settled:], D)  # fmt: skip
@@ -445,16 +452,17 @@ def test_replaying_is_stepping(dtype):
 @pytest.mark.parametrize("source", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_refused_tokens_leave_no_trace(dtype, source):
-    """Rows that keep 0 to 3 of three settled tokens, against each row's own tokens alone."""
+    """Rows that keep 0 to 3 of three settled tokens, against each row's own alone; the convolution's refused ones are NaN."""
     x, dt, A, B, C, D, _, state = (
         t.to(DEVICE) if torch.is_tensor(t) else t for t in scan_inputs(4, 5, 1, 2, 16, 16, dtype, 0)
     )
     window, inputs, taps = (t.to(DEVICE) for t in normal(1, (4, 24, 4), (4, 5, 24), (24, 4), dtype=dtype))
     kept = torch.arange(4, device=DEVICE)
+    inputs[:, :3].masked_fill_((torch.arange(3, device=DEVICE) >= kept[:, None])[..., None], float("nan"))
     with torch.no_grad(), use_kernels(source):
         now, now_window = state.clone(), window.clone()
         y = registry.selective_state_replay(now, x, dt, A, B, C, D, 3, kept)
-        out = registry.causal_conv1d_replay(now_window, inputs, taps, None, 3, kept)
+        out = registry.causal_conv1d_replay(now_window, inputs[:, 3:], taps, None, inputs.clone(), 3, kept)
         for row in range(4):
             own = [t for t in range(5) if t < row or t >= 3]
             alone, alone_window = state[row : row + 1].clone(), window[row : row + 1].clone()
@@ -462,10 +470,11 @@ def test_refused_tokens_leave_no_trace(dtype, source):
             expected = registry.selective_state_replay(alone, *args[:2], A, *args[2:], D, row)
             torch.testing.assert_close(y[row : row + 1], expected)
             torch.testing.assert_close(now[row : row + 1], alone)
-            expected = registry.causal_conv1d_replay(alone_window, inputs[row : row + 1, own], taps, None, row)
+            expected = registry.causal_conv1d_replay(alone_window, inputs[row : row + 1, own], taps)
             torch.testing.assert_close(out[row : row + 1, own], expected)
-            assert torch.equal(now_window[row : row + 1], alone_window)
-            assert not out[row, row:3].any()
+            recent = torch.cat([window[row], inputs[row, :row].T], 1)[:, -4:]
+            assert torch.equal(now_window[row], recent) and torch.equal(alone_window, window[row : row + 1])
+            assert out[row, row:3].eq(0).all()
 
 
 @some
@@ -679,8 +688,10 @@ def test_operator_registration(grad):
     if not grad:
         torch.library.opcheck(ops.small_batch_linear.default, (leaf(3, 8), leaf(5, 8), None, True, [leaf(3, 5)]))
         state = torch.randn(1, 6, 4, device=device)
-        kept = torch.tensor([1], device=device)
-        torch.library.opcheck(ops.causal_conv1d_replay.default, (state, leaf(1, 3, 6), leaf(6, 4), None, 2, kept))
+        kept, drafts = torch.tensor([1], device=device), torch.randn(1, 4, 8, device=device)
+        torch.library.opcheck(
+            ops.causal_conv1d_replay.default, (state, leaf(1, 3, 8), leaf(6, 4), None, drafts, 2, kept)
+        )
         torch.library.opcheck(
             ops.selective_state_replay.default,
             (

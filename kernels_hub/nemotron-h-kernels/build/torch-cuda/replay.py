@@ -1,7 +1,8 @@
 """A few recorded tokens through convolution and recurrence, from states that stay as they were or take some of the tokens in.
 
 What rollback needs: drafted tokens are kept as inputs, and every call runs them again from the last settled state. The state
-is read once, whatever the number of tokens; it is written only where the first `settled` of them go into it.
+is read once, whatever the number of tokens; it is written only where the first `settled` of them go into it. How many of those
+a row has kept may be known to the device alone.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ def _taken(kept, batch, settled, HAS_KEPT: tl.constexpr):
 
 
 @triton.jit
-def _inputs(window, x, x_seq, c, source, needed, taken, refused, KERNEL: tl.constexpr):
-    """(sources, channels): a row's inputs, numbered from its first token on as if those refused had never come."""
-    row = source + tl.where(source < taken, 0, refused)
-    new = tl.load(x + row[:, None] * x_seq + c[None, :], mask=needed & (source >= 0)[:, None], other=0.0)
-    before = window + c[None, :] * KERNEL + (KERNEL + source)[:, None]
-    old = tl.load(before, mask=needed & (source < 0)[:, None], other=0.0)
-    return tl.where((source >= 0)[:, None], new.to(tl.float32), old.to(tl.float32))
+def _inputs(window, drafts, drafts_seq, x, x_seq, c, source, needed, in_window, taken, KERNEL: tl.constexpr):
+    """(sources, columns): a row's inputs, numbered from its first draft on; those before lie in the window."""
+    held = needed & ((source >= 0) & (source < taken))[:, None]
+    value = tl.load(drafts + source[:, None] * drafts_seq + c[None, :], mask=held, other=0.0).to(tl.float32)
+    new = needed & (source >= taken)[:, None]
+    value += tl.load(x + (source - taken)[:, None] * x_seq + c[None, :], mask=new, other=0.0).to(tl.float32)
+    past = needed & in_window[None, :] & (source < 0)[:, None]
+    value += tl.load(window + c[None, :] * KERNEL + (KERNEL + source)[:, None], mask=past, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -45,17 +48,22 @@ def _conv_kernel(
     x,
     weight,
     bias,
+    drafts,
     kept,
     out,
-    tokens,
+    new,
     channels,
+    width,
     settled,
     x_batch,
     x_seq,
+    drafts_batch,
+    drafts_seq,
     state_batch,
     KERNEL: tl.constexpr,
     TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_DRAFTS: tl.constexpr,
     HAS_KEPT: tl.constexpr,
     T: tl.constexpr,
     C: tl.constexpr,
@@ -65,35 +73,46 @@ def _conv_kernel(
     previous_done(OVERLAP)
     batch = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * C + tl.arange(0, C)
-    inside = c < channels
+    inside, convolved = c < width, c < channels
     taken = _taken(kept, batch, settled, HAS_KEPT)
-    refused = settled - taken
+    tokens = settled + new
     x += batch * x_batch
-    x_seq += tl.full((), 0, tl.int64)
-    out += batch * tokens * channels
+    drafts += batch * drafts_batch
+    wide = tl.full((), 0, tl.int64)
+    x_seq, drafts_seq = x_seq + wide, drafts_seq + wide
+    out += batch * tokens * width
     window = state + batch * state_batch
     for first in range(0, tokens, T):
         t = first + tl.arange(0, T)
         there = (t < taken) | ((t >= settled) & (t < tokens))
         needed = there[:, None] & inside[None, :]
-        place = t - tl.where(t < settled, 0, refused)
+        place = t - tl.where(t < settled, 0, settled - taken)
         total = tl.zeros([T, C], tl.float32)
+        newest = total
         if HAS_BIAS:
-            total += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
+            total += tl.load(bias + c, mask=convolved, other=0.0).to(tl.float32)[None, :]
         for k in tl.static_range(KERNEL):
-            tap = tl.load(weight + c * KERNEL + k, mask=inside, other=0.0).to(tl.float32)
+            tap = tl.load(weight + c * KERNEL + k, mask=convolved, other=0.0).to(tl.float32)
             source = place - (KERNEL - 1) + k
-            total += _inputs(window, x, x_seq, c, source, needed, taken, refused, KERNEL) * tap[None, :]
-        y = tl.where(needed, total * tl.sigmoid(total), 0.0)
+            newest = _inputs(window, drafts, drafts_seq, x, x_seq, c, source, needed, convolved, taken, KERNEL)
+            total += newest * tap[None, :]
+        y = tl.where(convolved[None, :], total * tl.sigmoid(total), newest)
         written = (t < tokens)[:, None] & inside[None, :]
-        tl.store(out + t[:, None] * channels + c[None, :], y.to(out.dtype.element_ty), mask=written)
-    if settled > 0:
+        y = tl.where(needed, y, 0.0).to(out.dtype.element_ty)
+        tl.store(out + t[:, None] * width + c[None, :], y, mask=written)
+    if HAS_DRAFTS:
         slot = tl.arange(0, TAPS)
-        used = (slot < KERNEL)[:, None] & inside[None, :]
-        moved = _inputs(window, x, x_seq, c, taken - KERNEL + slot, used, taken, refused, KERNEL)
-        # Every thread has read the old window before any writes the new one.
+        used = (slot < KERNEL)[:, None] & convolved[None, :]
+        source = taken - KERNEL + slot
+        moved = _inputs(window, drafts, drafts_seq, x, x_seq, c, source, used, convolved, taken, KERNEL)
+        # Every thread has read old window and old drafts before any writes new ones.
         tl.debug_barrier()
         tl.store(window + c[None, :] * KERNEL + slot[:, None], moved.to(state.dtype.element_ty), mask=used)
+        for first in range(0, new, T):
+            t = first + tl.arange(0, T)
+            held = (t < new)[:, None] & inside[None, :]
+            value = tl.load(x + t[:, None] * x_seq + c[None, :], mask=held)
+            tl.store(drafts + t[:, None] * drafts_seq + c[None, :], value, mask=held)
 
 
 @triton.jit
@@ -183,31 +202,43 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-@operator("causal_conv1d_replay", mutates_args=("state",))
-def _conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settled: int, kept: Tensor | None) -> Tensor:
-    batch, tokens, channels = x.shape
-    kernel = weight.shape[1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+@operator("causal_conv1d_replay", mutates_args=("state", "drafts"))
+def _conv(
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    drafts: Tensor | None,
+    settled: int,
+    kept: Tensor | None,
+) -> Tensor:
+    batch, new, width = x.shape
+    channels, kernel = weight.shape
+    out = torch.empty(batch, settled + new, width, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     x, weight = _dense(x), weight.contiguous()
+    held = x if drafts is None else drafts
     with on(x):
-        _conv_kernel[(batch, triton.cdiv(channels, _CHANNELS))](
+        _conv_kernel[(batch, triton.cdiv(width, _CHANNELS))](
             state,
             x,
             weight,
             weight if bias is None else bias,
+            held,
             weight if kept is None else kept.contiguous(),
             out,
-            tokens,
+            new,
             channels,
+            width,
             settled,
-            x.stride(0),
-            x.stride(1),
+            *x.stride()[:2],
+            *held.stride()[:2],
             state.stride(0),
             kernel,
             triton.next_power_of_2(kernel),
             bias is not None,
+            drafts is not None,
             kept is not None,
             _TOKENS,
             _CHANNELS,
@@ -275,8 +306,8 @@ def _state(
 
 
 @_conv.register_fake
-def _(state, x, weight, bias, settled, kept):
-    return x.new_empty(x.shape)
+def _(state, x, weight, bias, drafts, settled, kept):
+    return x.new_empty(x.shape[0], settled + x.shape[1], x.shape[2])
 
 
 @_state.register_fake
@@ -289,23 +320,25 @@ def causal_conv1d_replay(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
+    drafts: Tensor | None = None,
     settled: int = 0,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """The convolution's outputs for a few tokens behind `state`. Has no gradient.
+    """The convolution's outputs for a few tokens behind `state` and behind drafts. Has no gradient.
 
     Args:
         state: (batch, channels, kernel), the last `kernel` inputs, oldest first; dense in its last two dimensions. Advanced
-            in place by the first `settled` tokens.
-        x: (batch, tokens, channels).
+            in place by the settled tokens.
+        x: (batch, tokens, width), the new tokens. What is in columns behind the first `channels` is passed on as it is.
         weight, bias: as in `causal_conv1d`.
-        settled: 0 to tokens.
+        drafts: (batch, room, width) or None. The first `settled` tokens in it come before x; then it holds x in their place.
+        settled: 0 to room.
         kept: (batch,) integers, or None for all: how many of the settled tokens a row has. To it, the others never came.
 
     Returns:
-        (batch, tokens, channels) in the dtype of x; 0 for tokens that a row has not.
+        (batch, settled + tokens, width) in the dtype of x; 0 for tokens that a row has not.
     """
-    return _conv(state, x, weight, bias, settled, kept)
+    return _conv(state, x, weight, bias, drafts, settled, kept)
 
 
 def selective_state_replay(
@@ -332,7 +365,7 @@ def selective_state_replay(
         B, C: (batch, tokens, groups, state_size).
         D: (heads,).
         settled: 0 to tokens.
-        kept: as in `causal_conv1d_replay`.
+        kept: (batch,) integers, or None for all: how many of the settled tokens a row has. To it, the others never came.
         dt_bias, dt_limit: as in `selective_state_update`.
 
     Returns:
