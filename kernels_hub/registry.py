@@ -222,11 +222,22 @@ def _add_norm_limits(x: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
 
 
 def _conv_replay_limits(
-    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, settled: int = 0
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    drafts: Tensor | None = None,
+    settled: int = 0,
+    kept: Tensor | None = None,
 ) -> str | None:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return "the kernel has no gradient: call it under `torch.no_grad()`"
-    return _replayed(x, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+    if drafts is None:
+        return _replayed(0, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+    if drafts.dtype != x.dtype or x.shape[1] > drafts.shape[1]:
+        return f"`drafts` is {drafts.dtype} {tuple(drafts.shape)}, it has to take `x`, {x.dtype} {tuple(x.shape)}"
+    dense = _dense_tail("state", state, 2) or _dense_tail("drafts", drafts, 1)
+    return _replayed(drafts.shape[1], settled) or _dtype_of("x", x) or dense
 
 
 def _state_replay_limits(
@@ -243,13 +254,15 @@ def _state_replay_limits(
 ) -> str | None:
     if torch.is_grad_enabled() and (x.requires_grad or dt.requires_grad or A.requires_grad):
         return "the kernel has no gradient: call it under `torch.no_grad()`"
-    return _replayed(x, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+    if settled and state.dtype in STOCHASTIC:
+        return f"`state` is {state.dtype}, which has to be rounded stochastically; the kernel rounds to nearest"
+    if x.shape[1] > 96:
+        return f"{x.shape[1]} tokens, the kernel replays up to 96"
+    return _replayed(x.shape[1], settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
-def _replayed(x: Tensor, settled: int) -> str | None:
-    if not 0 <= settled <= x.shape[1]:
-        return f"`settled` is {settled}, there are {x.shape[1]} tokens"
-    return f"{x.shape[1]} tokens, the kernel replays up to 96" if x.shape[1] > 96 else None
+def _replayed(tokens: int, settled: int) -> str | None:
+    return None if 0 <= settled <= tokens else f"`settled` is {settled}, there are {tokens} tokens"
 
 
 def _small_linear_limits(

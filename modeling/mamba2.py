@@ -9,6 +9,7 @@ Without gradients the sequence goes through in segments that carry the state, so
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,13 +57,15 @@ class NemotronHCausalConv1d(nn.Conv1d):
         seq_idx: Tensor | None = None,
         hub: Callable[..., Tensor] | None = None,
         replay: bool = False,
+        **drafts: Any,
     ) -> Tensor:
         """(batch, seq, channels) -> the same; or one token (batch, channels), which advances `state` in place.
 
-        `hub`: a kernel to use in the place of the registry's choice. `replay`: the sequence is a few tokens, without ids.
+        `hub`: a kernel to use in the place of the registry's choice. `replay`: the sequence is a few tokens, without ids, that
+        columns which are not convolved may follow; `drafts` are arguments of `causal_conv1d_replay`.
         """
         if replay:
-            return causal_conv1d_replay(state, x, self.weight.squeeze(1), self.bias)
+            return causal_conv1d_replay(state, x, self.weight.squeeze(1), self.bias, **drafts)
         if x.dim() == 2:
             return causal_conv1d_update(state, x, self.weight.squeeze(1), self.bias, hub=hub)
         return causal_conv1d(x, self.weight.squeeze(1), self.bias, state, seq_idx, hub=hub)
@@ -172,8 +175,11 @@ class NemotronHMamba2Mixer(nn.Module):
             conv_state, ssm_state = self._store(cache, conv_state, ssm_state)
             inputs = inputs[:, excess:]
         layer.keep_pending(inputs.contiguous())
-        y = self._replay(*self._split(inputs), conv_state, ssm_state)[:, -new:]
-        parts.append(self.out_proj(self.norm(y, z)))
+        if conv_state is None or ssm_state is None or torch.is_grad_enabled() or self._any_hub():
+            y, *_ = self._recur(*self._split(inputs), conv_state, ssm_state)
+        else:
+            y = self._replay(inputs, conv_state, ssm_state)
+        parts.append(self.out_proj(self.norm(y[:, -new:], z)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _store(self, cache: Cache, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -259,13 +265,25 @@ class NemotronHMamba2Mixer(nn.Module):
         )
         return y.reshape(batch, length, -1), self._window(conv_in, conv_state, seq_idx, lengths), ssm_state
 
-    def _replay(self, conv_in: Tensor, dt: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None) -> Tensor:
-        """As `_recur`, for a few tokens that stay out of the states: only y, (batch, tokens, heads * head_dim)."""
-        if conv_state is None or ssm_state is None or torch.is_grad_enabled() or self._any_hub():
-            return self._recur(conv_in, dt, conv_state, ssm_state)[0]
-        batch, length, _ = conv_in.shape
-        xBC = self.conv1d(conv_in, conv_state, replay=True)
-        x, B, C = xBC.split([self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1)
+    def _replay(
+        self,
+        inputs: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        drafts: Tensor | None = None,
+        settled: int = 0,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """As `_recur`, for a few tokens that stay out of the states: only y, (batch, tokens, heads * head_dim).
+
+        Args:
+            inputs: (batch, tokens, conv_dim + heads).
+            drafts, settled, kept: as in `causal_conv1d_replay`: older inputs, which go into the states, in place.
+        """
+        out = self.conv1d(inputs, conv_state, replay=True, drafts=drafts, settled=settled, kept=kept)
+        groups = self.n_groups * self.state_size
+        x, B, C, dt = out.split([self.intermediate_size, groups, groups, self.num_heads], dim=-1)
+        batch, length, _ = out.shape
         y = selective_state_replay(
             ssm_state,
             x.view(batch, length, self.num_heads, self.head_dim),
@@ -274,10 +292,12 @@ class NemotronHMamba2Mixer(nn.Module):
             B.view(batch, length, self.n_groups, self.state_size),
             C.view(batch, length, self.n_groups, self.state_size),
             self.D,
+            settled,
+            kept,
             dt_bias=self.dt_bias,
             dt_limit=self.time_step_limit,
         )
-        return y.view(batch, length, -1)
+        return y.reshape(batch, length - settled, self.intermediate_size)
 
     def _one_token(
         self,
@@ -314,51 +334,18 @@ class NemotronHMamba2Mixer(nn.Module):
 
     def _read_ahead(self, hidden_states: Tensor, layer: StaticMamba2Layer, residual: Tensor | None) -> Tensor:
         """Drafts, in a fixed step: the kept tokens of the last step go into the states, in place; the new ones do not."""
-        self.take_drafts(layer)
-        conv_state, ssm_state, drafts = layer.conv_states[0], layer.recurrent_states[0], layer.drafts
-        z, inputs = self.in_proj(hidden_states).tensor_split([self.intermediate_size], dim=-1)
-        drafts[:, : inputs.shape[1]] = inputs
-        y = self._advance(*self._split(inputs), conv_state, ssm_state.clone(), None)
+        z, new = self.in_proj(hidden_states).tensor_split([self.intermediate_size], dim=-1)
+        y = self._behind_drafts(new, layer)
         return product_of(self.out_proj, self.norm(y, z), plus=(residual,))
 
     def take_drafts(self, layer: StaticMamba2Layer) -> None:
         """Advance a layer's states, in place, by those of its drafts that are kept."""
-        ahead, conv_state, drafts = layer.read_ahead, layer.conv_states[0], layer.drafts
-        if ahead.count:
-            assert conv_state is not None
-            conv_in, dt = self._split(drafts[:, : ahead.count])
-            self._advance(conv_in, dt, conv_state, layer.recurrent_states[0], ahead.live)
-            inputs = torch.cat([conv_state, conv_in.mT.to(conv_state.dtype)], dim=-1)
-            conv_state.copy_(inputs.gather(2, ahead.window.expand(-1, inputs.shape[1], -1)))
+        if layer.read_ahead.count:
+            self._behind_drafts(layer.drafts[:, :0], layer)
 
-    def _advance(
-        self, conv_in: Tensor, dt: Tensor, conv_state: Tensor, ssm_state: Tensor, live: Tensor | None
-    ) -> Tensor:
-        """Few tokens, one after another as in decoding, into `ssm_state` in place: y (batch, seq, heads * head_dim).
-
-        Args:
-            live: (batch, seq, 1), 0 for tokens that leave the state as it is; None where there are none.
-        """
-        batch, length, _ = conv_in.shape
-        x, B, C = self.conv1d(conv_in, conv_state).split(
-            [self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1
-        )
-        y = [
-            selective_state_update(
-                ssm_state,
-                x[:, t].view(batch, self.num_heads, self.head_dim),
-                dt[:, t],
-                self.A_log,
-                B[:, t].view(batch, self.n_groups, self.state_size),
-                C[:, t].view(batch, self.n_groups, self.state_size),
-                self.D,
-                dt_bias=self.dt_bias,
-                dt_limit=self.time_step_limit,
-                live=None if live is None else live[:, t, 0],
-            )
-            for t in range(length)
-        ]
-        return torch.stack(y, dim=1).view(batch, length, -1)
+    def _behind_drafts(self, inputs: Tensor, layer: StaticMamba2Layer) -> Tensor:
+        ahead, conv_state, ssm_state = layer.read_ahead, layer.conv_states[0], layer.recurrent_states[0]
+        return self._replay(inputs, conv_state, ssm_state, layer.drafts, ahead.count, ahead.kept)
 
     def _hub(self, name: str) -> Callable[..., Tensor] | None:
         return put_in_place(self._kernel_funcs[name])

@@ -227,17 +227,10 @@ class ReadAhead:
     def __init__(self, kept: Tensor):
         self.kept = kept  # (batch,) int64: how many of the last step's tokens each row keeps
         self.count = 0  # tokens of the last step
-        self.live: Tensor | None = None  # (batch, count, 1) float32: 1 for tokens that are kept
-        self.window: Tensor | None = None  # (batch, 1, conv_kernel): where the convolution's window lies behind them
 
     def prepare(self, count: int, conv_kernel: int) -> None:
-        """Called once a step, before the layers: what depends on `kept` alone."""
+        """Called once a step, before the layers."""
         self.count = count
-        if count:
-            device = self.kept.device
-            kept = self.kept.unsqueeze(1)
-            self.live = (torch.arange(count, device=device) < kept).to(torch.float32).unsqueeze(-1)
-            self.window = (kept + torch.arange(conv_kernel, device=device)).unsqueeze(1)
 
 
 class StaticMamba2Layer(Mamba2CacheLayer):

@@ -199,7 +199,7 @@ def _run(op, source, args, grad, seed, in_place=0, constant=()):
             wanted = [o for o in outputs if o.requires_grad]
             upstream = [torch.randn(o.shape, generator=generator).to(o.device).bfloat16().to(o.dtype) for o in wanted]
             grads = torch.autograd.grad(wanted, leaves, upstream)
-    return [t.detach() for t in (*outputs, *grads, *args[:in_place])]
+    return [t.detach() for t in (*outputs, *grads, *args[:in_place]) if torch.is_tensor(t)]
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,10 @@ def replay_inputs():
     return normal(1, 3, P, N, dtype=torch.float32), x, *rest, 2
 
 
+def conv_replay_inputs(settled=1):
+    return normal(1, 16, TAPS), normal(1, 3, 18), normal(16, TAPS), None, normal(1, 3, 18), settled
+
+
 def expert_inputs(tokens=3, experts=4, index=None):
     weights = torch.rand(tokens, 2, device=DEVICE)
     index = torch.tensor([[0, 1], [3, 1], [1, 0]], device=DEVICE)[:tokens] if index is None else index
@@ -77,7 +81,8 @@ FAR_APART = [
     ("causal_conv1d", lambda: (normal(1, 3, 16), normal(16, TAPS)), 0, 1),
     ("causal_conv1d_update", lambda: (normal(3, 16, TAPS), normal(3, 16), normal(16, TAPS)), 0, 0),
     ("causal_conv1d_update", lambda: (normal(3, 16, TAPS), normal(3, 16), normal(16, TAPS)), 1, 0),
-    ("causal_conv1d_replay", lambda: (normal(1, 16, TAPS), normal(1, 3, 16), normal(16, TAPS), None, 1), 1, 1),
+    ("causal_conv1d_replay", conv_replay_inputs, 1, 1),
+    ("causal_conv1d_replay", conv_replay_inputs, 4, 1),
     ("selective_state_update", step_inputs, 0, 0),
     ("selective_state_update", step_inputs, 0, 1),
     ("selective_state_update", step_inputs, 1, 1),
@@ -192,8 +197,10 @@ def test_documents_of_one_token_and_of_none(check):
 @pytest.mark.parametrize(
     "op, args, words",
     [
-        ("causal_conv1d_replay", lambda: (normal(1, 16, TAPS), normal(1, 3, 16), normal(16, TAPS), None, 4), "`settled` is 4"),
+        ("causal_conv1d_replay", lambda: conv_replay_inputs(4), "`settled` is 4"),
+        ("causal_conv1d_replay", lambda: (*conv_replay_inputs()[:4], normal(1, 2, 18), 1), "has to take `x`"),
         ("selective_state_replay", lambda: (*replay_inputs()[:-1], -1), "`settled` is -1"),
+        ("selective_state_replay", lambda: (replay_inputs()[0].half(), *replay_inputs()[1:]), "rounded stochastically"),
         ("selective_state_replay", lambda: (replay_inputs()[0].mT, *replay_inputs()[1:]), "`state` has strides"),
         ("small_batch_linear", lambda: (normal(65, 16), normal(8, 16)), "up to 64 tokens"),
         ("small_batch_linear", lambda: (normal(3, 16), normal(8, 16).double()), "float64"),

@@ -139,9 +139,23 @@ def test_gradients_of_experts(check, tokens):
 def test_replay(check, batch, tokens, settled):
     x, dt, A, B, C, D, _, state, _ = scan_inputs(batch, tokens, 128, 8, torch.bfloat16, False)
     check("selective_state_replay", [state, x, dt, A, B, C, D, settled], grad=False, in_place=1)
-    window, inputs = normal(batch, 10240, 4), normal(batch, tokens, 10240)
-    args = [window, inputs, normal(10240, 4), normal(10240), settled]
-    check("causal_conv1d_replay", args, grad=False, in_place=1)
+    window, inputs, drafts = normal(batch, 10240, 4), normal(batch, tokens, 10368), normal(batch, 24, 10368)
+    args = [window, inputs, normal(10240, 4), normal(10240), drafts, settled]
+    check("causal_conv1d_replay", args, grad=False, in_place=5)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_replay_of_what_was_kept(check, batch, kept):
+    counts = (kept + torch.arange(batch)) % 4
+    x, dt, A, B, C, D, _, state, _ = scan_inputs(batch, 6, 128, 8, torch.bfloat16, False)
+    projected = [dt.bfloat16(), (-A).log(), normal(128, dtype=torch.float32), (0.001, 0.1)]
+    for step, decay, *named in ([dt, A], projected):
+        args = [state, x, step, decay, B, C, D, 3, counts, *named]
+        check("selective_state_replay", args, grad=False, in_place=1)
+    window, inputs, drafts = normal(batch, 10240, 4), normal(batch, 3, 10368), normal(batch, 8, 10368)
+    args = [window, inputs, normal(10240, 4), normal(10240), drafts, 3, counts]
+    check("causal_conv1d_replay", args, grad=False, in_place=5)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 3000])

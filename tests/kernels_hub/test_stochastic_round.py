@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nemotron_super.kernels_hub.reference.replay import selective_state_replay
 from nemotron_super.kernels_hub.reference.selective_state_update import selective_state_update
 from nemotron_super.kernels_hub.reference.stochastic_round import stochastic_round, store_as
 
@@ -101,3 +102,28 @@ def test_a_slow_state_keeps_moving(dtype):
         selective_state_update(state, one, torch.full((1, 1), add), zero, one, one, zero)
     assert (torch.ones((), dtype=dtype) + add).item() == 1
     assert state.float().mean().item() == pytest.approx(1 + steps * add, rel=0.02)
+
+
+@every
+def test_settled_tokens_are_rounded_once(dtype):
+    """Many rows alike: each state is a neighbour of the exact one, their mean is it; outputs go on from the exact one."""
+    generator = torch.Generator().manual_seed(0)
+    row = [
+        torch.randn(shape, generator=generator) for shape in ((1, 2, 4, 8), (1, 3, 2, 4), (1, 3, 1, 8), (1, 3, 1, 8))
+    ]
+    row[0] = row[0].to(dtype).float()
+    rows = 4000
+    steps, A, D = torch.full((1, 3, 2), 0.1), -torch.ones(2), torch.ones(2)
+
+    def replayed(state, count):
+        x, B, C = (t.expand(count, -1, -1, -1) for t in row[1:])
+        return selective_state_replay(state, x, steps.expand(count, -1, -1), A, B, C, D, 2)
+
+    exact, state = row[0].clone(), row[0].expand(rows, -1, -1, -1).to(dtype)
+    expected = replayed(exact, 1).expand(rows, -1, -1, -1)
+    torch.manual_seed(0)
+    torch.testing.assert_close(replayed(state, rows), expected)
+    gap = exact.abs().clamp(min=1e-3) * torch.finfo(dtype).eps
+    found = state.float()
+    assert (found - exact).abs().le(gap).all()
+    assert (found.mean(0) - exact[0]).abs().le(gap[0] * 5 * 0.5 / math.sqrt(rows) + 1e-6).all()

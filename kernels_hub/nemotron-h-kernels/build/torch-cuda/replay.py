@@ -1,7 +1,8 @@
 """A few recorded tokens through convolution and recurrence, from states that stay as they were or take some of the tokens in.
 
 What rollback needs: drafted tokens are kept as inputs, and every call runs them again from the last settled state. The state
-is read once, whatever the number of tokens; it is written only where the first `settled` of them go into it.
+is read once, whatever the number of tokens; it is written only where the first `settled` of them go into it. How many of those
+a row has kept may be known to the device alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,28 @@ from ._overlap import next_may_begin, overlap, previous_done
 from .selective_state_update import ANY_STEP, decay_of, time_step
 
 _ROWS = 16  # of the state a program advances, as for one token
-_CHANNELS = 128
+_TOKENS, _CHANNELS = 8, 128  # that a program convolves at once
+
+
+@triton.jit
+def _taken(kept, batch, settled, HAS_KEPT: tl.constexpr):
+    """How many of the settled tokens a row has."""
+    count = settled
+    if HAS_KEPT:
+        count = tl.minimum(tl.load(kept + batch), settled).to(tl.int32)
+    return count
+
+
+@triton.jit
+def _inputs(window, drafts, drafts_seq, x, x_seq, c, source, needed, in_window, taken, KERNEL: tl.constexpr):
+    """(sources, columns): a row's inputs, numbered from its first draft on; those before lie in the window."""
+    held = needed & ((source >= 0) & (source < taken))[:, None]
+    value = tl.load(drafts + source[:, None] * drafts_seq + c[None, :], mask=held, other=0.0).to(tl.float32)
+    new = needed & (source >= taken)[:, None]
+    value += tl.load(x + (source - taken)[:, None] * x_seq + c[None, :], mask=new, other=0.0).to(tl.float32)
+    past = needed & in_window[None, :] & (source < 0)[:, None]
+    value += tl.load(window + c[None, :] * KERNEL + (KERNEL + source)[:, None], mask=past, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -26,16 +48,24 @@ def _conv_kernel(
     x,
     weight,
     bias,
+    drafts,
+    kept,
     out,
-    tokens,
+    new,
     channels,
+    width,
     settled,
     x_batch,
     x_seq,
+    drafts_batch,
+    drafts_seq,
     state_batch,
     KERNEL: tl.constexpr,
     TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_DRAFTS: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
+    T: tl.constexpr,
     C: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -43,31 +73,55 @@ def _conv_kernel(
     previous_done(OVERLAP)
     batch = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * C + tl.arange(0, C)
-    inside = c < channels
+    inside, convolved = c < width, c < channels
+    taken = _taken(kept, batch, settled, HAS_KEPT)
+    tokens = settled + new
     x += batch * x_batch
-    x_seq += tl.full((), 0, tl.int64)
-    out += batch * tokens * channels
-    window = state + batch * state_batch + c * KERNEL
-    for t in range(0, tokens):
-        total = tl.zeros([C], tl.float32)
+    drafts += batch * drafts_batch
+    wide = tl.full((), 0, tl.int64)
+    x_seq, drafts_seq = x_seq + wide, drafts_seq + wide
+    out += batch * tokens * width
+    window = state + batch * state_batch
+    for first in range(0, tokens, T):
+        t = first + tl.arange(0, T)
+        there = (t < taken) | ((t >= settled) & (t < tokens))
+        needed = there[:, None] & inside[None, :]
+        place = t - tl.where(t < settled, 0, settled - taken)
+        total = tl.zeros([T, C], tl.float32)
+        newest = total
         if HAS_BIAS:
-            total += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
+            total += tl.load(bias + c, mask=convolved, other=0.0).to(tl.float32)[None, :]
         for k in tl.static_range(KERNEL):
-            source = t - (KERNEL - 1) + k
-            new = tl.load(x + source * x_seq + c, mask=inside & (source >= 0), other=0.0).to(tl.float32)
-            old = tl.load(window + (KERNEL + source), mask=inside & (source < 0), other=0.0).to(tl.float32)
-            total += (new + old) * tl.load(weight + c * KERNEL + k, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + t * channels + c, (total * tl.sigmoid(total)).to(out.dtype.element_ty), mask=inside)
-    if settled > 0:
+            tap = tl.load(weight + c * KERNEL + k, mask=convolved, other=0.0).to(tl.float32)
+            source = place - (KERNEL - 1) + k
+            newest = _inputs(window, drafts, drafts_seq, x, x_seq, c, source, needed, convolved, taken, KERNEL)
+            total += newest * tap[None, :]
+        y = tl.where(convolved[None, :], total * tl.sigmoid(total), newest)
+        written = (t < tokens)[:, None] & inside[None, :]
+        y = tl.where(needed, y, 0.0).to(out.dtype.element_ty)
+        tl.store(out + t[:, None] * width + c[None, :], y, mask=written)
+    if HAS_DRAFTS:
         slot = tl.arange(0, TAPS)
-        source = settled - KERNEL + slot
-        used = inside[:, None] & (slot < KERNEL)[None, :]
-        new = tl.load(x + source[None, :] * x_seq + c[:, None], mask=used & (source >= 0)[None, :], other=0.0)
-        old = tl.load(window[:, None] + (KERNEL + source)[None, :], mask=used & (source < 0)[None, :], other=0.0)
-        moved = tl.where((source >= 0)[None, :], new.to(state.dtype.element_ty), old)
-        # Every thread has read the old window before any writes the new one.
+        used = (slot < KERNEL)[:, None] & convolved[None, :]
+        source = taken - KERNEL + slot
+        moved = _inputs(window, drafts, drafts_seq, x, x_seq, c, source, used, convolved, taken, KERNEL)
+        # Every thread has read old window and old drafts before any writes new ones.
         tl.debug_barrier()
-        tl.store(window[:, None] + slot[None, :], moved, mask=used)
+        tl.store(window + c[None, :] * KERNEL + slot[:, None], moved.to(state.dtype.element_ty), mask=used)
+        for first in range(0, new, T):
+            t = first + tl.arange(0, T)
+            held = (t < new)[:, None] & inside[None, :]
+            value = tl.load(x + t[:, None] * x_seq + c[None, :], mask=held)
+            tl.store(drafts + t[:, None] * drafts_seq + c[None, :], value, mask=held)
+
+
+@triton.jit
+def _advance(h, x, dt, B, a, shift, p, n, p_in, n_in, shortest, longest, RAW: tl.constexpr):
+    """The state behind one token, and the token's x."""
+    x_p = tl.load(x + p, mask=p_in, other=0.0).to(tl.float32)
+    step = time_step(tl.load(dt), shift, shortest, longest, RAW)
+    B_n = tl.load(B + n, mask=n_in, other=0.0).to(tl.float32)
+    return h * tl.exp(step * a) + (step * x_p)[:, None] * B_n[None, :], x_p
 
 
 @triton.jit
@@ -80,6 +134,7 @@ def _state_kernel(
     C,
     D,
     dt_bias,
+    kept,
     y,
     shortest,
     longest,
@@ -105,6 +160,7 @@ def _state_kernel(
     BP: tl.constexpr,
     BN: tl.constexpr,
     RAW: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     batch = (tl.program_id(0) // heads).to(tl.int64)
@@ -124,51 +180,69 @@ def _state_kernel(
     dt += batch * dt_batch + head
     B += batch * B_batch + group * B_group
     C += batch * C_batch + group * C_group
-    y += (batch * tokens * heads + head) * P
+    y += (batch * (tokens - settled) * heads + head) * P
     wide = tl.full((), 0, tl.int64)
     x_seq, dt_seq, B_seq, C_seq = x_seq + wide, dt_seq + wide, B_seq + wide, C_seq + wide
-    for t in range(0, tokens):
-        x_p = tl.load(x + t * x_seq + p, mask=p_in, other=0.0).to(tl.float32)
-        step = time_step(tl.load(dt + t * dt_seq), shift, shortest, longest, RAW)
-        B_n = tl.load(B + t * B_seq + n, mask=n_in, other=0.0).to(tl.float32)
+    for t in range(0, _taken(kept, batch, settled, HAS_KEPT)):
+        h, _ = _advance(
+            h, x + t * x_seq, dt + t * dt_seq, B + t * B_seq, a, shift, p, n, p_in, n_in, shortest, longest, RAW
+        )
+    if settled > 0:
+        tl.store(place, h.to(state.dtype.element_ty), mask=both)
+    for t in range(settled, tokens):
+        h, x_p = _advance(
+            h, x + t * x_seq, dt + t * dt_seq, B + t * B_seq, a, shift, p, n, p_in, n_in, shortest, longest, RAW
+        )
         C_n = tl.load(C + t * C_seq + n, mask=n_in, other=0.0).to(tl.float32)
-        h = h * tl.exp(step * a) + (step * x_p)[:, None] * B_n[None, :]
         out = tl.sum(h * C_n[None, :], 1) + skip * x_p
-        tl.store(y + t * heads * P + p, out.to(y.dtype.element_ty), mask=p_in)
-        if t == settled - 1:
-            tl.store(place, h.to(state.dtype.element_ty), mask=both)
+        tl.store(y + (t - settled) * heads * P + p, out.to(y.dtype.element_ty), mask=p_in)
 
 
 def _dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-@operator("causal_conv1d_replay", mutates_args=("state",))
-def _conv(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settled: int) -> Tensor:
-    batch, tokens, channels = x.shape
-    kernel = weight.shape[1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+@operator("causal_conv1d_replay", mutates_args=("state", "drafts"))
+def _conv(
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    drafts: Tensor | None,
+    settled: int,
+    kept: Tensor | None,
+) -> Tensor:
+    batch, new, width = x.shape
+    channels, kernel = weight.shape
+    out = torch.empty(batch, settled + new, width, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     x, weight = _dense(x), weight.contiguous()
+    held = x if drafts is None else drafts
     with on(x):
-        _conv_kernel[(batch, triton.cdiv(channels, _CHANNELS))](
+        _conv_kernel[(batch, triton.cdiv(width, _CHANNELS))](
             state,
             x,
             weight,
             weight if bias is None else bias,
+            held,
+            weight if kept is None else kept.contiguous(),
             out,
-            tokens,
+            new,
             channels,
+            width,
             settled,
-            x.stride(0),
-            x.stride(1),
+            *x.stride()[:2],
+            *held.stride()[:2],
             state.stride(0),
             kernel,
             triton.next_power_of_2(kernel),
             bias is not None,
+            drafts is not None,
+            kept is not None,
+            _TOKENS,
             _CHANNELS,
-            num_warps=2,
+            num_warps=4,
             **overlap(x),
         )
     return out
@@ -184,6 +258,7 @@ def _state(
     C: Tensor,
     D: Tensor,
     settled: int,
+    kept: Tensor | None,
     dt_bias: Tensor | None,
     shortest: float,
     longest: float,
@@ -191,8 +266,8 @@ def _state(
     batch, tokens, heads, head_dim = x.shape
     state_size = state.shape[3]
     x, dt, B, C = _dense(x), _dense(dt), _dense(B), _dense(C)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
+    y = torch.empty(batch, tokens - settled, heads, head_dim, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
         return y
     rows = min(_ROWS, triton.next_power_of_2(head_dim))
     with on(x):
@@ -205,6 +280,7 @@ def _state(
             C,
             D.contiguous(),
             D if dt_bias is None else dt_bias.contiguous(),
+            D if kept is None else kept.contiguous(),
             y,
             shortest,
             longest,
@@ -222,6 +298,7 @@ def _state(
             rows,
             block(state_size, 1),
             dt_bias is not None,
+            kept is not None,
             num_warps=2,
             **overlap(x),
         )
@@ -229,31 +306,39 @@ def _state(
 
 
 @_conv.register_fake
-def _(state, x, weight, bias, settled):
-    return x.new_empty(x.shape)
+def _(state, x, weight, bias, drafts, settled, kept):
+    return x.new_empty(x.shape[0], settled + x.shape[1], x.shape[2])
 
 
 @_state.register_fake
-def _(state, x, dt, A, B, C, D, settled, dt_bias, shortest, longest):
-    return x.new_empty(x.shape)
+def _(state, x, dt, A, B, C, D, settled, kept, dt_bias, shortest, longest):
+    return x.new_empty(x.shape[0], x.shape[1] - settled, *x.shape[2:])
 
 
 def causal_conv1d_replay(
-    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, settled: int = 0
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    drafts: Tensor | None = None,
+    settled: int = 0,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """The convolution's outputs for a few tokens behind `state`. Has no gradient.
+    """The convolution's outputs for a few tokens behind `state` and behind drafts. Has no gradient.
 
     Args:
         state: (batch, channels, kernel), the last `kernel` inputs, oldest first; dense in its last two dimensions. Advanced
-            in place by the first `settled` tokens.
-        x: (batch, tokens, channels).
+            in place by the settled tokens.
+        x: (batch, tokens, width), the new tokens. What is in columns behind the first `channels` is passed on as it is.
         weight, bias: as in `causal_conv1d`.
-        settled: 0 to tokens.
+        drafts: (batch, room, width) or None. The first `settled` tokens in it come before x; then it holds x in their place.
+        settled: 0 to room.
+        kept: (batch,) integers, or None for all: how many of the settled tokens a row has. To it, the others never came.
 
     Returns:
-        (batch, tokens, channels) in the dtype of x.
+        (batch, settled + tokens, width) in the dtype of x; 0 for tokens that a row has not.
     """
-    return _conv(state, x, weight, bias, settled)
+    return _conv(state, x, weight, bias, drafts, settled, kept)
 
 
 def selective_state_replay(
@@ -265,10 +350,11 @@ def selective_state_replay(
     C: Tensor,
     D: Tensor,
     settled: int = 0,
+    kept: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_limit: tuple[float, float] = ANY_STEP,
 ) -> Tensor:
-    """The recurrence's outputs for a few tokens behind `state`. Has no gradient.
+    """The recurrence's outputs for the last of a few tokens behind `state`. Has no gradient.
 
     Args:
         state: (batch, heads, head_dim, state_size), dense in its last two dimensions. Advanced in place by the first
@@ -279,9 +365,10 @@ def selective_state_replay(
         B, C: (batch, tokens, groups, state_size).
         D: (heads,).
         settled: 0 to tokens.
+        kept: (batch,) integers, or None for all: how many of the settled tokens a row has. To it, the others never came.
         dt_bias, dt_limit: as in `selective_state_update`.
 
     Returns:
-        (batch, tokens, heads, head_dim) in the dtype of x.
+        (batch, tokens - settled, heads, head_dim) in the dtype of x: of the tokens behind those settled.
     """
-    return _state(state, x, dt, A, B, C, D, settled, dt_bias, *dt_limit)
+    return _state(state, x, dt, A, B, C, D, settled, kept, dt_bias, *dt_limit)
