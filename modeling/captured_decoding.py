@@ -300,7 +300,7 @@ class CapturedReader(GrowingReader):
         return self.read_logits[:, :count]
 
     def _compute_read(self, before: int, count: int, reach: int) -> None:
-        self.ahead.prepare(before, self.model.config.conv_kernel)
+        self.ahead.count = before
         with self.cache.slots.fixed(count, reach) as layout:
             hidden = _backbone(self.model, self.cache, self.tokens_read[:, :count], layout)
         self.hidden[:, :count] = hidden
@@ -352,7 +352,7 @@ class CapturedReader(GrowingReader):
     def finish(self) -> None:
         slots = self.cache.slots
         slots.seen, slots.ragged = max(self.lengths), len(set(self.lengths)) > 1
-        self.ahead.prepare(self.last_read, self.model.config.conv_kernel)
+        self.ahead.count = self.last_read
         for block in self.model.model.layers:
             if block.block_type == "linear_attention":
                 layer = self.cache.layers[block.mixer.layer_idx]

@@ -228,10 +228,6 @@ class ReadAhead:
         self.kept = kept  # (batch,) int64: how many of the last step's tokens each row keeps
         self.count = 0  # tokens of the last step
 
-    def prepare(self, count: int, conv_kernel: int) -> None:
-        """Called once a step, before the layers."""
-        self.count = count
-
 
 class StaticMamba2Layer(Mamba2CacheLayer):
     """State of one Mamba-2 layer, at the same addresses from the first token on.
