@@ -81,11 +81,11 @@ class _Rows:
         self, input_ids: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList, max_length: int
     ):
         batch, length = input_ids.shape
-        # The last step may write a row beyond its end, or beyond that of the others.
+        # The last step may offer a row more than there is room for.
         self.written = input_ids.new_zeros(batch, max(max_length, length) + MOST_DEPTHS + 1)
         self.written[:, :length] = input_ids
         self.lengths, self.prompt_length = [length] * batch, length
-        self.processors, self.criteria = processors, criteria
+        self.processors, self.criteria, self.max_length = processors, criteria, max_length
         self.scores: list[list[Tensor]] = [[] for _ in self.lengths]
         self.logits: list[list[Tensor]] = [[] for _ in self.lengths]
         self.ends: list[int | None] = [None] * batch  # length at which a row was finished
@@ -147,6 +147,8 @@ class _Rows:
                 self.ends[row] = length
                 if self.pads:
                     return i + 1
+            if length == self.max_length:
+                return i + 1
         return len(values)
 
     def _is_finished(self, row: int, newest: int, scores: Tensor | None) -> bool:
@@ -282,7 +284,8 @@ def generate_with_mtp(
     while open_rows := rows.open_rows():
         # A step yields one token more than it drafts; none may lie behind `max_length`.
         room = max(config.max_length - rows.lengths[row] for row in open_rows)
-        if whole and depth < room:
+        if whole:
+            # Always as many, so that always the same step is replayed: what is too much is not written.
             drafts, logits, kept, token = reader.greedy_round(token, depth)
             scores = logits
         else:
@@ -299,7 +302,8 @@ def generate_with_mtp(
                 continue
             new = torch.cat([drafts[row, :n], token[row : row + 1]])
             added = rows.append(row, new, [*values[:n], values[k]], scores[row], logits[row], keep)
-            statistics.count(k, min(n, added), added)
+            offered = min(k, room - 1)
+            statistics.count(offered, min(n, added, offered), added)
             going[row] = added - 1
             everything &= n == k
             if streamer is not None:

@@ -175,7 +175,7 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "hardware": hardware(device),
             "torch": torch.__version__,
-            "command": "python tests/benchmarks/training.py --save",
+            "command": "python tests/benchmarks/training.py " + " ".join(sys.argv[1:]),
             "runs": runs,
             "loss": heads,
         }

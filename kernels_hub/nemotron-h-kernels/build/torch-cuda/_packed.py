@@ -29,7 +29,7 @@ Packed = tuple[Tensor, Tensor | None, Tensor]
 _FILL = 528  # programs that keep every multiprocessor of the largest GPUs busy, at four each
 # What `stream` gives a program: rows of a block, words of a stretch; and how many programs one wave of them is. Measured on an
 # H100: rows of experts in stretches of 64 words, each thread with two words of four rows; long rows as they are.
-_LONG, _STACKED = (8, 128, 792), (16, 64, _FILL)
+_LONG, _STACKED = (4, 256, 1056), (16, 64, _FILL)
 FEW = 8  # vectors that one pass of `few` takes: the least a tensor core does
 
 
