@@ -24,6 +24,7 @@ from transformers.utils import logging
 from .drafting import MOST_DEPTHS, GrowingReader, tokens_behind
 from .speculative import accept_greedy
 from .static_cache import ReadAhead, StaticHybridCache, StaticMamba2Layer, StaticMTPCache, round_up
+from .stopping_rules import UsualRules
 
 logger = logging.get_logger(__name__)
 
@@ -128,7 +129,7 @@ class HostCopy:
     def __init__(self, *values: Tensor):
         self._copies = [value.to("cpu", non_blocking=True) for value in values]
         self._there = None
-        if values[0].is_cuda:
+        if values and values[0].is_cuda:
             self._there = torch.cuda.Event()
             self._there.record(torch.cuda.current_stream(values[0].device))
 
@@ -168,6 +169,10 @@ def sample_captured(
     ids = input_ids.new_empty(batch, config.max_length)
     ids[:, :length] = input_ids
     unfinished = input_ids.new_ones(batch)
+    # Who goes on with the cache, or looks at scores, finds behind the end of a row what transformers leaves there.
+    seen = returned or keep_scores or keep_logits
+    rules = None if seen else UsualRules.of(stopping_criteria)
+    ends: list[int | None] = [None] * batch  # of rows that the rules have ended
     while True:
         scores = logits_processor(ids[:, :length], logits)
         if all_scores is not None:
@@ -178,20 +183,29 @@ def sample_captured(
             tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
         else:
             tokens = scores.argmax(-1)
-        if pads:
+        if pads and rules is None:
             tokens = tokens * unfinished + pad.to(tokens.device) * (1 - unfinished)
         ids[:, length] = tokens
         length += 1
-        unfinished = unfinished & ~stopping_criteria(ids[:, :length], all_scores)
-        news = HostCopy(unfinished.max(), *(() if streamer is None else (tokens,)))
+        if rules is None:
+            unfinished = unfinished & ~stopping_criteria(ids[:, :length], all_scores)
+            news = HostCopy(unfinished.max(), *(() if streamer is None else (tokens,)))
+        elif rules.stops or streamer is not None:
+            news = HostCopy(tokens)
+        else:
+            news = HostCopy()
         full = length >= config.max_length
         # A step too many costs less than waiting, but a cache that somebody goes on with must not have seen it.
         early = not full and not returned
         if early:
             logits = step(tokens).to(input_ids.device)
-        going, *streamed = news.wait()
+        if rules is None:
+            going, *told = news.wait()
+        else:
+            told = [_note_ends(ends, values, length, rules, pad) for values in news.wait()]
+            going = None in ends
         if streamer is not None:
-            streamer.put(streamed[0])
+            streamer.put(told[0])
         if full or not bool(going):
             break
         if not early:
@@ -199,11 +213,28 @@ def sample_captured(
     if streamer is not None:
         streamer.end()
     sequences = ids[:, :length].clone()
+    for row, end in enumerate(ends):
+        if end is not None and end < length:
+            sequences[row, end:] = pad
     if not returned:
         give_back_cache(model, cache, batch)
     if not config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(sequences=sequences, scores=all_scores, logits=all_logits, cache=cache)
+
+
+def _note_ends(ends: list[int | None], tokens: Tensor, length: int, rules: UsualRules, pad: Tensor | None) -> Tensor:
+    """Note which rows end with the newest tokens (batch,); returns these with padding for rows that had ended before."""
+    values = tokens.tolist()
+    for row, token in enumerate(values):
+        if ends[row] is not None:
+            assert (
+                pad is not None
+            )  # only an end-of-sequence token ends a row before the others, and padding comes with it
+            values[row] = int(pad)
+        elif rules.met(token, length):
+            ends[row] = length
+    return torch.tensor(values)
 
 
 class CapturedReader(GrowingReader):

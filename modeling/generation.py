@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -23,6 +22,7 @@ from .captured_decoding import CapturedReader, check_room_for, give_back_cache
 from .drafting import MOST_DEPTHS, GrowingReader
 from .speculative import accept_greedy, accept_sampled
 from .static_cache import StaticHybridCache
+from .stopping_rules import UsualRules
 
 
 @dataclass
@@ -90,17 +90,7 @@ class _Rows:
         self.logits: list[list[Tensor]] = [[] for _ in self.lengths]
         self.ends: list[int | None] = [None] * batch  # length at which a row was finished
         self.pads = batch == 1 or any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        # The two usual rules are answered from what the host has anyway.
-        self.usual = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria)
-        if self.usual:
-            limits = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
-            self.longest = min(limits, default=None)
-            self.stops = {
-                token
-                for criterion in criteria
-                if type(criterion) is EosTokenCriteria
-                for token in criterion.eos_token_id.flatten().tolist()
-            }
+        self.usual = UsualRules.of(criteria)
 
     def open_rows(self) -> list[int]:
         """Rows that still need tokens."""
@@ -153,8 +143,8 @@ class _Rows:
 
     def _is_finished(self, row: int, newest: int, scores: Tensor | None) -> bool:
         length = self.lengths[row]
-        if self.usual:
-            return newest in self.stops or (self.longest is not None and length >= self.longest)
+        if self.usual is not None:
+            return self.usual.met(newest, length)
         ids = self.written[row : row + 1, :length]
         return bool(self.criteria(ids, None if scores is None else (scores.unsqueeze(0),)).all())
 
