@@ -232,6 +232,22 @@ def test_streamer(make_model, replayed, prompts, rules):
     assert torch.cat(streamer.parts).equal(found[0])
 
 
+def test_rows_that_end_before_others(make_model, prompts, rules):
+    """What a row has behind its end is padding, in the text and for a streamer."""
+    model = make_model("ME*M-", scale=4.0)
+    ids, mask = prompts(3, 5, False, 1)
+    options = GREEDY | {"attention_mask": mask, "max_new_tokens": 12, "eos_token_id": None}
+    texts = model.generate(ids, **options)[:, ids.shape[1] :]
+    options["eos_token_id"] = int(texts[0, 2])
+    expected = model.generate(ids, **options)
+    ends = (expected[:, ids.shape[1] :] == options["eos_token_id"]).long().argmax(1)
+    assert ends[0] < expected.shape[1] - ids.shape[1] - 1, "no row ends early"
+    streamer = rules.Recorder()
+    found = model.generate(ids, cache_implementation="static", streamer=streamer, **options)
+    assert found.equal(expected)
+    assert torch.stack(streamer.parts[1:], dim=1).equal(expected[:, ids.shape[1] :])
+
+
 def test_one_step_too_many_at_most(make_model, monkeypatch, prompts):
     """The next step is launched before the host looks; not after the last token, and not where the cache is handed out."""
     model = make_model("ME*M-", scale=1.0)
