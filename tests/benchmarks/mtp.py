@@ -104,7 +104,7 @@ def main() -> None:
             "hardware": hardware(device),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "command": "python tests/benchmarks/mtp.py --data out/data --save",
+            "command": f"python tests/benchmarks/mtp.py --data out/data --prompts {options.prompts} --save",
             "prompts": len(prompts),
             "prompt tokens": options.prompt_length,
             "new tokens": options.new_tokens,
