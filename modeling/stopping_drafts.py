@@ -12,15 +12,12 @@ from contextvars import ContextVar
 
 from torch import Tensor
 from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.generation.stopping_criteria import (
-    ConfidenceCriteria,
-    EosTokenCriteria,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-)
+from transformers.generation.stopping_criteria import ConfidenceCriteria, StoppingCriteriaList
 
-# transformers cuts what is kept for the first two itself; the third is for drafting.
-_CUT_ALREADY = (MaxLengthCriteria, EosTokenCriteria, ConfidenceCriteria)
+from .stopping_rules import USUAL
+
+# transformers cuts what is kept for the usual ones itself; the other is for drafting.
+_CUT_ALREADY = (*USUAL, ConfidenceCriteria)
 _rules: ContextVar[StoppingCriteriaList | None] = ContextVar("rules", default=None)
 
 
@@ -35,26 +32,18 @@ def stopping_at(criteria: StoppingCriteriaList) -> Iterator[None]:
 
 
 def until_stop(generator: CandidateGenerator) -> CandidateGenerator:
-    """The same candidates, cut by the rules in force."""
-    rules = _rules.get()
-    return _UntilStop(generator, rules) if rules else generator
+    """The generator itself, its candidates cut by the rules in force."""
+    rules, whole = _rules.get(), generator.get_candidates
 
-
-class _UntilStop(CandidateGenerator):
-    def __init__(self, generator: CandidateGenerator, rules: StoppingCriteriaList):
-        self.generator, self.rules = generator, rules
-
-    def __getattribute__(self, name: str):
-        # Also what the base class defines is the wrapped generator's own.
-        if name in ("generator", "rules", "get_candidates") or name.startswith("__"):
-            return super().__getattribute__(name)
-        return getattr(self.generator, name)
-
-    def get_candidates(self, input_ids: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """As the wrapped generator's: (batch, length + drafts) and, if any, logits (batch, drafts, vocab)."""
-        ids, logits = self.generator.get_candidates(input_ids, **kwargs)
+    def get_candidates(input_ids: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+        ids, logits = whole(input_ids, **kwargs)
         length = input_ids.shape[1]
         for drafts in range(ids.shape[1] - length):
-            if bool(self.rules(ids[:, : length + drafts + 1], None).all()):
+            if bool(rules(ids[:, : length + drafts + 1], None).all()):
                 return ids[:, : length + drafts], None if logits is None else logits[:, :drafts]
         return ids, logits
+
+    if rules:
+        # On the generator, not around it: transformers asks what kind of generator it is.
+        generator.get_candidates = get_candidates
+    return generator

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
+USUAL = (MaxLengthCriteria, EosTokenCriteria)
+
 
 class UsualRules:
     """Both rules as numbers.
@@ -29,7 +31,7 @@ class UsualRules:
     @classmethod
     def of(cls, criteria: StoppingCriteriaList) -> UsualRules | None:
         """The rules, or None where there are others."""
-        usual = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria)
+        usual = all(type(criterion) in USUAL for criterion in criteria)
         return cls(criteria) if usual else None
 
     def met(self, newest: int, length: int) -> bool:

@@ -158,6 +158,17 @@ def test_a_stop_inside_a_draft(how, make_model, rules):
     assert found[0, ids.shape[1] :].tolist() == [0, 0]
 
 
+def test_a_stop_rule_leaves_the_schedule_of_an_assistant_alone(make_model, rules):
+    """What a call has found out about how many drafts are worth while is there for the next call."""
+    model = make_model("ME*")
+    model.generation_config.num_assistant_tokens = 2
+    model.generation_config.num_assistant_tokens_schedule = "heuristic"
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    rule = rules.StopAfter((-1, -1))  # never met
+    model.generate(torch.tensor([[7, 8, 9]]), assistant_model=model, stopping_criteria=[rule], **options)
+    assert model.generation_config.num_assistant_tokens > 2
+
+
 def test_an_assistant_reads_a_padding_token_as_text(make_model, prompts):
     """A text may hold the token that pads: what was written is never padding."""
     model, assistant = make_model("ME"), make_model("M*", seed=1, scale=1.0)
