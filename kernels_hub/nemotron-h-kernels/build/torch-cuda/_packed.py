@@ -22,6 +22,7 @@ from torch import Tensor
 from ._epilogue import finish, two_terms
 from ._launch import gpu, on
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
+from ._parts import add_parts, parts_of
 
 # A stored matrix, or a stack of them: bytes (..., out, in) or (..., out, in / 2), block scales as uint8 or None, float32 scales.
 Packed = tuple[Tensor, Tensor | None, Tensor]
@@ -535,31 +536,6 @@ def _tiles_kernel(
 
 
 @triton.jit
-def _sum_kernel(
-    parts,
-    out,
-    first_term,
-    second_term,
-    count,
-    PARTS,
-    RELU2: tl.constexpr,
-    TERMS: tl.constexpr,
-    SIZE: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    next_may_begin(OVERLAP)
-    previous_done(OVERLAP)
-    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = i < count
-    total = tl.zeros([SIZE], tl.float32)
-    for _ in range(0, PARTS):
-        total += tl.load(parts + i, mask=inside, other=0.0)
-        parts += count
-    total = finish(total, first_term, second_term, i, inside, RELU2, TERMS)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _unpack_kernel(weight, block_scale, scale, out, rows, width, BITS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     column = tl.program_id(1) * C
@@ -665,20 +641,6 @@ def _stretches(length: int, step: int, most: int) -> tuple[int, int]:
     return each, triton.cdiv(length, each)
 
 
-def _parts(out: Tensor, splits: int) -> Tensor:
-    """Where programs write: the output itself, or what `_add_parts` adds up to it."""
-    return out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
-
-
-def _add_parts(parts: Tensor, out: Tensor, relu2: bool = False, plus: tuple[Tensor, ...] = ()) -> None:
-    if parts is not out:
-        _sum_kernel[(triton.cdiv(out.numel(), 256),)](
-            *(parts, out, *two_terms(plus, out), out.numel(), parts.shape[0], relu2, len(plus), 256),
-            num_warps=1,
-            **overlap(out),
-        )
-
-
 def few(x: Tensor, packed: Packed, relu2: bool = False, plus: tuple[Tensor, ...] = ()) -> Tensor:
     """Up to `FEW` vectors times one matrix, which is read once.
 
@@ -698,7 +660,7 @@ def few(x: Tensor, packed: Packed, relu2: bool = False, plus: tuple[Tensor, ...]
     x = _aligned(x)
     tiles = triton.cdiv(rows, n)
     stretch, splits = _stretches(row_bytes, k, min(_FILL // tiles, row_bytes // 1024))
-    to = _parts(out, splits)
+    to = parts_of(out, splits)
     with on(x):
         _few_kernel[(tiles, splits)](
             x.view(torch.int32) if bits == 4 else x,
@@ -722,7 +684,7 @@ def few(x: Tensor, packed: Packed, relu2: bool = False, plus: tuple[Tensor, ...]
             num_stages=4,
             **overlap(x),
         )
-        _add_parts(to, out, relu2, plus)
+        add_parts(to, out, None, relu2, plus)
     return out
 
 
@@ -780,7 +742,7 @@ def tiles(
     out = torch.empty(vectors, outputs, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    to = _parts(out, splits)
+    to = parts_of(out, splits)
     with on(x):
         _tiles_kernel[(blocks * triton.cdiv(outputs, n), splits)](
             x,
@@ -809,7 +771,7 @@ def tiles(
             num_warps=4,
             num_stages=3,
         )
-        _add_parts(to, out)
+        add_parts(to, out)
     return out
 
 

@@ -17,6 +17,7 @@ from ._epilogue import finish, finished, fits, two_terms
 from ._launch import on
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
+from ._parts import add_parts, parts_of
 
 MOST_TOKENS = 64
 _ROWS, _INNER = 32, 128  # of the weight: a program's tile
@@ -79,35 +80,6 @@ def _stream_kernel(
     tl.store(out + part.to(tl.int64) * tokens * rows + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _add_parts_kernel(
-    parts,
-    bias,
-    out,
-    first,
-    second,
-    count,
-    rows,
-    PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    RELU2: tl.constexpr,
-    TERMS: tl.constexpr,
-    SIZE: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    next_may_begin(OVERLAP)
-    previous_done(OVERLAP)
-    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = i < count
-    total = tl.zeros([SIZE], tl.float32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(parts + part * count + i, mask=inside, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias + i % rows, mask=inside, other=0.0).to(tl.float32)
-    total = finish(total, first, second, i, inside, RELU2, TERMS)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
-
-
 def few_rows(
     x: Tensor,
     weight: Tensor,
@@ -129,7 +101,7 @@ def few_rows(
     parts = triton.cdiv(inner, per_part)
     first, second = two_terms(plus, out)
     whole = parts == 1
-    target = out if whole else torch.empty(parts, tokens, rows, dtype=torch.float32, device=x.device)
+    target = parts_of(out, parts)
     with on(x):
         _stream_kernel[(along, parts)](
             x,
@@ -155,24 +127,7 @@ def few_rows(
             num_stages=4,
             **overlap(x),
         )
-        if not whole:
-            count = tokens * rows
-            _add_parts_kernel[(triton.cdiv(count, 256),)](
-                target,
-                weight if bias is None else bias,
-                out,
-                first,
-                second,
-                count,
-                rows,
-                parts,
-                bias is not None,
-                relu2,
-                len(plus),
-                256,
-                num_warps=1,
-                **overlap(x),
-            )
+        add_parts(target, out, bias, relu2, plus)
     return out
 
 
