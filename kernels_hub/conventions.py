@@ -93,7 +93,8 @@ def selective_state_update(
 ) -> Tensor:
     """Through `selective_state_update(state, x, dt, A, B, C, D, ...)`: one number a head comes expanded to all its places.
 
-    What it knows of time steps has no limit and no padding, so they come ready, with a bias of zero: with strides of zero everywhere mamba-ssm takes its way for one number a head, and reads them all.
+    What it knows of time steps has no limit and no padding, so they come ready, with a bias of zero: with strides of zero
+    everywhere mamba-ssm takes its way for one number a head, and reads them all.
     """
     if dt_bias is not None:
         dt, A = time_step(dt, dt_bias, dt_limit), decay(A)

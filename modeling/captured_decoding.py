@@ -228,9 +228,8 @@ def _note_ends(ends: list[int | None], tokens: Tensor, length: int, rules: Usual
     values = tokens.tolist()
     for row, token in enumerate(values):
         if ends[row] is not None:
-            assert (
-                pad is not None
-            )  # only an end-of-sequence token ends a row before the others, and padding comes with it
+            # Only an end-of-sequence token ends a row before the others, and padding comes with it.
+            assert pad is not None
             values[row] = int(pad)
         elif rules.met(token, length):
             ends[row] = length

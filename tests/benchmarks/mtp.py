@@ -43,11 +43,8 @@ def main() -> None:
     if device == "cpu":
         torch.set_num_threads(2)
     transformers.logging.set_verbosity_error()
-    model = (
-        AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
-        .to(device)
-        .eval()
-    )
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype).to(device).eval()
     stream = np.load(options.data / "heldout.npy").astype(np.int64)
     starts = [s for s in np.flatnonzero(stream == 1) if (stream[s + 1 : s + options.prompt_length] > 2).all()]
     prompts = [torch.tensor(stream[None, s : s + options.prompt_length]) for s in starts[: options.prompts]]

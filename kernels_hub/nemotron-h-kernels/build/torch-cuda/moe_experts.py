@@ -67,9 +67,8 @@ def _stream_up_kernel(
 def _stream_down_kernel(hidden, index, down, y, width, inner, R: tl.constexpr, K: tl.constexpr, OVERLAP: tl.constexpr):
     """y[pair] = down[expert] hidden[pair], R rows of it."""
     pair = tl.program_id(1).to(tl.int64)
-    expert = tl.load(
-        index + pair
-    )  # before `previous_done`: the previous kernel reads it, and lets this one begin later
+    # Before `previous_done`: the previous kernel reads it too, and lets this one begin later.
+    expert = tl.load(index + pair)
     r = tl.program_id(0) * R + tl.arange(0, R)
     k = tl.arange(0, K)
     rows = down + (expert * width + r)[:, None] * inner
