@@ -13,6 +13,7 @@ from ..configuration.configuration_nemotron_h import NemotronHConfig
 from ..kernels_hub.registry import decode_attention
 from .fp8_cache import cache_scales
 from .linear import NemotronHLinear, product_of
+from .packed_attention import attend_documents, takes_variable_lengths
 from .token_layout import TokenLayout
 
 
@@ -96,10 +97,8 @@ class NemotronHAttention(nn.Module):
         if layout.documents is None:
             out, weights = attend(self, query, key, value, layout.attention_mask, **kwargs)
         else:
-            # One document after another: no mask of the square of the packed length is ever built.
-            weights = None
-            out = query.new_empty(batch, length, query.shape[1], self.head_dim)
-            for row, start, end in layout.documents:
-                part = [t[row : row + 1, :, start:end] for t in (query, key, value)]
-                out[row, start:end] = attend(self, *part, None, **kwargs)[0][0]
+            together = self.config._attn_implementation == "sdpa" and not kwargs["dropout"]
+            together = together and takes_variable_lengths(query.device, query.dtype, self.head_dim)
+            one = None if together else lambda *part: attend(self, *part, None, **kwargs)[0]
+            out, weights = attend_documents(query, key, value, layout.documents, self.scaling, one), None
         return product_of(self.o_proj, out.reshape(batch, length, -1), plus=(residual,)), weights

@@ -17,12 +17,13 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
+from .packed_attention import Documents, takes_variable_lengths
 
 # Where a call behind a cached past needs no mask of its length times all keys, which at a million keys is larger than the keys.
 _MASKLESS_PAST = {("cuda", torch.bfloat16), ("cuda", torch.float16)}
 
-# Entries of the largest attention mask built for packed documents. Above it they are attended one after another, which
-# needs no mask; below it one call with a mask is faster than many small ones.
+# Entries of the largest attention mask built for packed documents that cannot be attended all at once. Above it they are attended
+# one after another, which needs no mask; below it one call with a mask is faster than many small ones.
 _MASK_BUDGET = 1 << 26
 
 
@@ -87,7 +88,7 @@ class TokenLayout:
     attention_mask: Tensor | None  # what transformers' attention functions take: 4-D, block mask, or None (causal)
     padding: Padding | None  # None when every position of every row is a token
     seq_idx: Tensor | None  # (batch, seq) document ids, or None when each row is one document
-    documents: list[tuple[int, int, int]] | None  # (row, start, end) of each, to attend one by one
+    documents: Documents | None  # to attend within each, without a mask
     seen_slots: SeenSlots | None = None  # in a fixed step only
     # whether this call's queries stand behind cached keys without any padding, and are attended to without a mask
     behind_past: bool = False
@@ -169,7 +170,11 @@ def describe_tokens(
             raise ValueError(
                 f"Packed documents cannot continue a cache that already holds {past} tokens: pass `cache=None`."
             )
-        large = batch * length * length > _MASK_BUDGET and config._attn_implementation == "sdpa"
+        device = inputs_embeds.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else inputs_embeds.dtype
+        maskless = takes_variable_lengths(device, dtype, config.head_dim) or batch * length * length > _MASK_BUDGET
+        maskless = maskless and config._attn_implementation == "sdpa"
         # Flash attention takes no mask that could keep documents apart.
         flash = is_flash_attention_requested(config)
         if flash and (tracing or token_mask is not None):
@@ -177,8 +182,8 @@ def describe_tokens(
                 f"Packed documents with {'torch.compile' if tracing else 'padding'} need "
                 f"`attn_implementation='sdpa'`, not {config._attn_implementation!r}."
             )
-        if (large and not tracing and token_mask is None) or flash:
-            documents = _document_spans(seq_idx)
+        if (maskless and not tracing and token_mask is None) or flash:
+            documents = Documents.of(seq_idx)
         elif isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
             raise ValueError("Give either packed documents or a 4-D `attention_mask`, not both.")
 
@@ -266,17 +271,6 @@ def _restarts_after_padding(position_ids: Tensor, token_mask: Tensor) -> Tensor:
     positions = position_ids.expand(token_mask.shape[0], -1)
     back = positions[:, 1:] <= positions.gather(1, previous.clamp(min=0))
     return there & (real[:, :-1] | back)
-
-
-def _document_spans(seq_idx: Tensor) -> list[tuple[int, int, int]]:
-    begins = torch.ones_like(seq_idx, dtype=torch.bool)
-    begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    starts = begins.nonzero().tolist()
-    length = seq_idx.shape[1]
-    spans = []
-    for (row, start), (next_row, next_start) in zip(starts, [*starts[1:], [-1, 0]], strict=True):
-        spans.append((row, start, next_start if row == next_row else length))
-    return spans
 
 
 def _find_padding(token_mask: Tensor | None) -> Padding | None:
