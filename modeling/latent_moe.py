@@ -16,6 +16,7 @@ from ..configuration.configuration_nemotron_h import NemotronHConfig
 from ..kernels_hub.registry import moe_experts, router_logits, topk_routing
 from .linear import NemotronHLinear, product_of
 from .mlp import NemotronHMLP, ReLUSquared
+from .side_stream import beside
 
 
 class NemotronHTopkRouter(nn.Module):
@@ -105,8 +106,8 @@ class NemotronHMoE(nn.Module):
         """`residual`: as the input, added to the output."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         residual = residual if residual is None else residual.reshape(tokens.shape)
-        # Long work first: behind it the many short kernels of the router are launched in time.
-        shared = self.shared_experts(tokens)
+        # Long work first: behind it, or beside it, the many short kernels of the router are launched in time.
+        shared = beside(self.shared_experts, tokens)
         _, weights, index = self.gate(tokens)
         routed = self.experts(self.fc1_latent_proj(tokens), index, weights)
-        return product_of(self.fc2_latent_proj, routed, plus=(shared, residual)).view_as(hidden_states)
+        return product_of(self.fc2_latent_proj, routed, plus=(shared(), residual)).view_as(hidden_states)
