@@ -119,7 +119,10 @@ def _scan_limits(
 ) -> str | None:
     if x.numel() == 0:
         return "`x` is empty"
-    for name, size, served in (("head_dim", x.shape[-1], (16, 32, 64)), ("state_size", B.shape[-1], (16, 32, 64, 128))):
+    for name, size, served in (
+        ("head_dim", x.shape[-1], (16, 32, 64)),
+        ("state_size", B.shape[-1], (16, 32, 64, 128)),
+    ):
         if size not in served and (x.is_cuda or size > served[-1]):
             return f"{name} {size}: the compiled kernel serves {', '.join(map(str, served))}"
     if x.is_cuda and x.dtype != torch.bfloat16:
