@@ -119,8 +119,12 @@ def _scan_limits(
 ) -> str | None:
     if x.numel() == 0:
         return "`x` is empty"
-    if (x.shape[-1], B.shape[-1]) != (64, 128) and (x.is_cuda or x.shape[-1] > 64 or B.shape[-1] > 128):
-        return f"head_dim {x.shape[-1]} and state_size {B.shape[-1]}: the compiled kernel serves 64 and 128"
+    for name, size, served in (
+        ("head_dim", x.shape[-1], (16, 32, 64)),
+        ("state_size", B.shape[-1], (16, 32, 64, 128)),
+    ):
+        if size not in served and (x.is_cuda or size > served[-1]):
+            return f"{name} {size}: the compiled kernel serves {', '.join(map(str, served))}"
     if x.is_cuda and x.dtype != torch.bfloat16:
         return f"`x` is {x.dtype}, the compiled kernel serves torch.bfloat16"
     if B.dtype != x.dtype or C.dtype != x.dtype:

@@ -42,13 +42,16 @@ class Mamba2CacheLayer(LinearAttentionLayer):
     def update_conv_state(
         self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs
     ) -> torch.Tensor:
-        """Store a whole window, (batch, channels, conv_kernel), at the address the state always has."""
+        """Keep a whole window, (batch, channels, conv_kernel): the first one itself, of later ones the numbers, at its address."""
         if not self.is_conv_states_initialized[state_idx]:
-            self.lazy_initialization(conv_states=conv_states, state_idx=state_idx, conv_kernel_size=conv_kernel_size)
+            self.dtype, self.device = conv_states.dtype, conv_states.device
+            self.conv_kernel_size[state_idx] = conv_states.shape[-1]
         self.has_previous_state[state_idx] = True
-        stored = self.conv_states[state_idx]
-        assert stored is not None
-        return stored.copy_(conv_states)
+        return _kept(self.conv_states, self.is_conv_states_initialized, state_idx, conv_states)
+
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
+        """Keep a state, (batch, heads, head_dim, state_size), as `update_conv_state` keeps a window."""
+        return _kept(self.recurrent_states, self.is_recurrent_states_initialized, state_idx, recurrent_states)
 
     def keep_pending(self, inputs: torch.Tensor | None) -> None:
         """Called by the mixer: `inputs` are the newest tokens, not yet part of the states."""
@@ -116,6 +119,16 @@ class Mamba2CacheLayer(LinearAttentionLayer):
                     states[index] = function(state)
         self.pending = None if self.pending is None else function(self.pending)
         self.pending_lengths = None if self.pending_lengths is None else function(self.pending_lengths)
+
+
+def _kept(states: dict, there: dict[int, bool], place: int, new: torch.Tensor) -> torch.Tensor:
+    if there[place]:
+        return states[place].copy_(new)
+    # Not a copy of it in zeros, as transformers does: that takes four launches a layer, before the GPU has anything to do.
+    states[place], there[place] = new.contiguous(), True
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(states[place])
+    return states[place]
 
 
 class HybridCache(DynamicCache):

@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from nemotron_super import preset
@@ -100,3 +101,21 @@ def test_a_failure_is_part_of_the_table(script, monkeypatch, capsys):
     monkeypatch.setattr(module, "step_seconds", lambda *_, **__: [][0])
     run = module.main(["--preset", "tiny", "--device", "cpu", "--prefill", "16"])["release"]
     assert run["decode batch 8, ms"].startswith("IndexError") and run["prefill 16, ms"] == 500
+
+
+def test_same_loss(script, tmp_path, monkeypatch):
+    """Without a GPU both sources are the reference: the same seed ends at the same loss, another seed does not."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    stream = np.random.default_rng(0).integers(3, 8192, 2000).astype(np.uint16)
+    stream[::50] = 1
+    for part in ("train", "heldout"):
+        np.save(tmp_path / f"{part}.npy", stream)
+    sizes = {"steps": 2, "evaluations": 2, "rows": 2, "length": 24, "windows": 3}
+    flags = [str(part) for name, size in sizes.items() for part in (f"--{name}", size)]
+    record = script("same_loss").main(["--data", str(tmp_path), *flags])
+    assert record["tokens a step"] == 48
+    losses = [run["held-out loss"] for run in record["runs"].values()]
+    assert all(list(loss) == ["1", "2"] and abs(loss["1"] - 9) < 1 and loss["1"] != loss["2"] for loss in losses)
+    differences = record["differences of the held-out loss"]
+    assert differences["reference - kernels"] == [0, 0] and all(differences["other seed - kernels"])

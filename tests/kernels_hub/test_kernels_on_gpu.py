@@ -48,6 +48,17 @@ def test_chunked_scan(check, batch, length, heads, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 32, 64])
+@pytest.mark.parametrize("state_size", [16, 32, 64, 128])
+def test_chunked_scan_of_other_widths(check, head_dim, state_size, packed):
+    """A state lies in shared memory as narrower tiles, whose addresses are others: with 32 and 64 those of `nemotron-h-tiny`."""
+    for batch, length in ((1, 200), (3, 130)):
+        args = scan_inputs(batch, length, 16, 4, torch.bfloat16, packed, head_dim, state_size)
+        check("ssd_chunk_scan", args, floors=A_CANCELS)
+        check("ssd_chunk_scan", [*args[:7], None, args[8]], floors=A_CANCELS)
+
+
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("batch, length", [(1, 1), (1, 5), (2, 700), (1, 4097)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_convolution(check, dtype, batch, length, packed):
@@ -268,9 +279,11 @@ def test_compiled():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_small_model(make_model, packed):
+@pytest.mark.parametrize("head_dim, state_size", [(64, 128), (32, 64)])
+def test_a_small_model(make_model, head_dim, state_size, packed):
     """A whole model, prefill, decoding and a training step, with kernels and with the reference."""
-    sizes = {"moe_latent_size": 16, "moe_intermediate_size": 16, "mamba_head_dim": 64, "ssm_state_size": 128}
+    sizes = {"moe_latent_size": 16, "moe_intermediate_size": 16}
+    sizes |= {"mamba_head_dim": head_dim, "ssm_state_size": state_size}
     model = make_model("MEM*E", scale=2.0, **sizes).cuda().bfloat16()
     ids = torch.randint(3, 61, (2, 70), device="cuda")
     documents = (torch.arange(70, device="cuda") // 30).expand(2, -1).contiguous() if packed else None

@@ -20,8 +20,8 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 # Shrinking a failure takes the interpreter minutes.
 phases = (Phase.explicit, Phase.generate)
-# Compiled, the scan serves one size in bfloat16; interpreted, any up to it, in float32 too.
-HEAD_DIMS, STATE_SIZES = ([64], [128]) if ON_GPU else ([1, 5, 16, 20], [1, 3, 16, 33])
+# Compiled, the scan serves powers of two in bfloat16; interpreted, any size up to the largest, in float32 too.
+HEAD_DIMS, STATE_SIZES = ([16, 32, 64], [16, 32, 64, 128]) if ON_GPU else ([1, 5, 16, 20, 32], [1, 3, 16, 33, 64])
 SCAN_DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 P, N = (64, 128) if ON_GPU else (8, 8)
 few = settings(max_examples=40 if ON_GPU else 10, deadline=None, derandomize=True, phases=phases)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nemotron_super import HybridCache
 from nemotron_super.modeling import mamba2, token_layout
+from nemotron_super.modeling.cache import Mamba2CacheLayer
 from nemotron_super.modeling.static_cache import StaticHybridCache
 from transformers import DynamicCache
 
@@ -317,3 +318,20 @@ def test_a_long_prompt_in_pieces_needs_no_mask(kind, pieces, make_model, relativ
         monkeypatch.setattr(token_layout, "create_causal_mask", only_small)
         found = [model(part, cache=cache).logits for part in ids.split(pieces, dim=1)]
     assert relative(torch.cat(found, dim=1), expected) < TIGHT
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_first_state_is_kept_itself_and_later_ones_at_its_address(dense):
+    layer = Mamba2CacheLayer()
+    states = torch.randn(2, 3, 4), torch.randn(2, 5, 3, 4)
+    if not dense:  # kernels of one token want states without gaps
+        states = tuple(state.mT.contiguous().mT for state in states)
+    later = [state + 1 for state in states]
+    kept = layer.update_conv_state(states[0]), layer.update_recurrent_state(states[1])
+    for found, state in zip(kept, states, strict=True):
+        assert found.equal(state) and found.is_contiguous()
+        assert (found.data_ptr() == state.data_ptr()) == dense
+    layer.update_conv_state(later[0])
+    layer.update_recurrent_state(later[1])
+    assert layer.conv_states[0] is kept[0] and layer.recurrent_states[0] is kept[1]
+    assert kept[0].equal(later[0]) and kept[1].equal(later[1])

@@ -38,18 +38,9 @@ class Tiling(NamedTuple):
     flatten: bool  # whether the next tile's loads begin before this one's outputs are written
 
 
-class Plan(NamedTuple):
-    """Up to M tokens of an expert in a block, and both products."""
-
-    m: int
-    up: Tiling
-    down: Tiling
-
-
-# Narrow: two programs share a multiprocessor, and while one writes its outputs the other reads. Wide: a block's rows are read from
-# the cache by half as many programs, which matters where they come unmasked, in the second product.
-NARROW, WIDE = Tiling(128, 64, 8, 3, 2, False), Tiling(256, 64, 8, 4, 1, True)
-SHORT, LONG = Plan(64, Tiling(128, 64, 4, 4, 2, False), Tiling(128, 64, 4, 4, 2, False)), Plan(128, NARROW, WIDE)
+# Of a product whose rows are gathered: two programs share a multiprocessor, and while one writes its outputs the other reads. Of one
+# whose rows lie together: half as many steps, since both operands come as whole tiles, however long.
+_UP, _DOWN = Tiling(128, 64, 8, 3, 2, False), Tiling(128, 128, 8, 3, 1, True)
 # Mean tokens of an expert up to which few of them have more than 64.
 _SHORT = 48
 
@@ -87,15 +78,19 @@ def _place_kernel(
     S: tl.constexpr,
     M: tl.constexpr,
 ):
-    """Where each pair of a part goes; the program after the last part cuts the sorted rows into blocks."""
+    """Where each pair of a part goes; the program after the last part cuts the sorted rows into blocks.
+
+    Its loops wait for memory, so that several steps load at once, and threads add up what they have before they meet.
+    """
     part = tl.program_id(0)
     e = tl.arange(0, E)
-    before, total = tl.zeros([E], tl.int32), tl.zeros([E], tl.int32)
-    for start in range(0, parts, S):
+    before, total = tl.zeros([S, E], tl.int32), tl.zeros([S, E], tl.int32)
+    for start in tl.range(0, parts, S, loop_unroll_factor=4):
         p = start + tl.arange(0, S)
         count = tl.load(counts + p[:, None] * E + e[None, :], mask=(p < parts)[:, None], other=0)
-        total += tl.sum(count, 0)
-        before += tl.sum(tl.where((p < part)[:, None], count, 0), 0)
+        total += count
+        before += tl.where((p < part)[:, None], count, 0)
+    before, total = tl.sum(before, 0), tl.sum(total, 0)
     begin = tl.cumsum(total, 0) - total
     if part == parts:
         count = (total + M - 1) // M
@@ -109,13 +104,13 @@ def _place_kernel(
     else:
         i = part * P + tl.arange(0, P)
         expert = tl.load(index + i, mask=i < pairs, other=0).to(tl.int32)
-        earlier = tl.zeros([P], tl.int32)
-        for start in range(0, P, J):
+        earlier = tl.zeros([P, J], tl.int32)
+        for start in tl.range(0, P, J, loop_unroll_factor=4):
             j = part * P + start + tl.arange(0, J)
             other = tl.load(index + j, mask=j < pairs, other=-1).to(tl.int32)
             same = (other[None, :] == expert[:, None]) & (j[None, :] < i[:, None])
-            earlier += tl.sum(same.to(tl.int32), 1)
-        row = tl.gather(begin + before, expert, 0) + earlier
+            earlier += same.to(tl.int32)
+        row = tl.gather(begin + before, expert, 0) + tl.sum(earlier, 1)
         tl.store(place + i, row.to(tl.int64), mask=i < pairs)
         tl.store(rows + row, i // TOP_K, mask=i < pairs)
 
@@ -232,9 +227,9 @@ def product(x: Tensor, placed: Placed, weight: Tensor, m: int, tiling: Tiling, g
     return out
 
 
-def plan_for(tokens: int, top_k: int, experts: int) -> Plan:
-    """Blocks about as long as an expert's tokens are many."""
-    return SHORT if tokens * top_k <= _SHORT * experts else LONG
+def rows_of_a_block(tokens: int, top_k: int, experts: int) -> int:
+    """About as many as an expert has tokens."""
+    return 64 if tokens * top_k <= _SHORT * experts else 128
 
 
 def serves(x: Tensor, up: Tensor, down: Tensor) -> bool:
@@ -254,8 +249,8 @@ def grouped_experts(x: Tensor, index: Tensor, up: Tensor, down: Tensor) -> tuple
     Returns:
         (pairs, width) sorted by expert, and the row of each of the (tokens * top_k) pairs in it.
     """
-    m, *tilings = plan_for(*index.shape, up.shape[0])
+    m = rows_of_a_block(*index.shape, up.shape[0])
     x = x if x.stride(-1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
     placed = place_pairs(index, up.shape[0], m)
-    hidden = product(x, placed, up, m, tilings[0], gather=True, relu2=True)
-    return product(hidden, placed, down, m, tilings[1], gather=False, relu2=False), placed.place
+    hidden = product(x, placed, up, m, _UP, gather=True, relu2=True)
+    return product(hidden, placed, down, m, _DOWN, gather=False, relu2=False), placed.place

@@ -28,12 +28,12 @@ from torch import Tensor
 from ._launch import block, on
 from ._operator import operator
 
-# head_dim and state_size of all published Nemotron-H models. Compiled by Triton 3.6 with smaller blocks, a product in the
-# backward reads out of bounds (compute-sanitizer says so at 20 x 3), so other sizes are refused.
-COMPILED_SIZES = (64, 128)
+# head_dim and state_size that are served compiled: blocks without a rest, no smaller than tensor cores want them. 64 and 128 are those
+# of all published models, for which everything here is tuned.
+HEAD_DIMS, STATE_SIZES = (16, 32, 64), (16, 32, 64, 128)
 # Tensor cores are busy from chunks of 64 positions on; exponentials cost chunk^2.
 _CHUNK, _BACKWARD_CHUNK = 64, 64
-# The forward: rows of a state (of head_dim) that a program carries along, warps, pipeline stages.
+# The forward: rows of a state (of head_dim) that a program carries along at most, warps, pipeline stages.
 _ROWS, _WARPS, _STAGES = 32, 4, 3
 # The backward's walks: columns of a state (of state_size) that a program carries along, warps, pipeline stages.
 _WALK_COLUMNS, _WALK_WARPS, _WALK_STAGES = 128, 4, 2
@@ -611,10 +611,10 @@ class _Arguments:
         self.groups, self.state_size = B.shape[2:]
         if x.is_cuda and x.dtype != torch.bfloat16:
             raise ValueError(f"`x` is {x.dtype}: compiled, the scan serves bfloat16 only.")
-        if x.is_cuda and (self.head_dim, self.state_size) != COMPILED_SIZES:
+        if x.is_cuda and not (self.head_dim in HEAD_DIMS and self.state_size in STATE_SIZES):
             raise ValueError(
                 f"`x` has head_dim {self.head_dim} and `B` has state_size {self.state_size}: compiled, the scan serves "
-                f"head_dim {COMPILED_SIZES[0]} with state_size {COMPILED_SIZES[1]} only."
+                f"head_dim {HEAD_DIMS} with state_size {STATE_SIZES} only."
             )
         self.strides = (*self.x.stride()[:3], *self.dt.stride()[:2], *self.B.stride()[:3], *self.C.stride()[:3])
         self.sizes = (self.heads, self.heads // self.groups)
@@ -638,8 +638,9 @@ class _Arguments:
     ) -> Tensor:
         """Run positions [begin, end), write y where given; the last state."""
         final = self.empty_state()
+        rows = min(_ROWS, max(16, self.blocks[0] // 2))
         with on(self.x):
-            _scan_kernel[(*self.programs, triton.cdiv(self.head_dim, _ROWS))](
+            _scan_kernel[(*self.programs, triton.cdiv(self.head_dim, rows))](
                 self.x,
                 self.dt,
                 self.A,
@@ -658,7 +659,7 @@ class _Arguments:
                 self.head_dim,
                 self.state_size,
                 _CHUNK,
-                _ROWS,
+                rows,
                 self.blocks[1],
                 initial is not None,
                 self.packed,
@@ -873,10 +874,11 @@ def ssd_chunk_scan(
     """Mamba-2 scan over a sequence.
 
     Args:
-        x: (batch, seq, heads, head_dim), bfloat16; in Triton's interpreter float32 too.
+        x: (batch, seq, heads, head_dim), bfloat16, with head_dim 16, 32 or 64; in Triton's interpreter any up to 64, and float32.
         dt: (batch, seq, heads), time steps after softplus; 0 leaves the state as it is (padding).
         A: (heads,), negative, float32.
-        B, C: (batch, seq, groups, state_size), with heads divisible by groups, in the dtype of x.
+        B, C: (batch, seq, groups, state_size), with heads divisible by groups, in the dtype of x; state_size 16, 32, 64 or 128,
+            in the interpreter any up to 128.
         D: (heads,), the skip connection.
         chunk_size: taken for the sake of the signature; the kernels have a chunk of their own. It does not set the result.
         initial_state: (batch, heads, head_dim, state_size) entering position 0, or None for zeros.
