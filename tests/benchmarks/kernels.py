@@ -1,6 +1,7 @@
-"""Every op at the shapes of Nemotron 3 Super: time, bytes or FLOPs, and the share of what the GPU can do.
+"""Every op at the shapes of a released model: time, bytes or FLOPs, and the share of what the GPU can do.
 
-    python tests/benchmarks/kernels.py [--only rms_norm,fp8_linear] [--save]
+    python tests/benchmarks/kernels.py [--only rms_norm,fp8_linear] [--save]              Nemotron 3 Super
+    python tests/benchmarks/kernels.py --model nano --without-reference [--save]          or ultra; the kernels alone
 
 The limit of an op is the larger of its bytes over the bandwidth of a large copy and its FLOPs over the rate of a large
 product, both measured first, in the same run. Inputs rotate, so that none is found in the cache.
@@ -11,18 +12,34 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import triton
+from nemotron_super import NemotronHConfig, preset
 from nemotron_super.kernels_hub import registry
 from nemotron_super.kernels_hub.registry import use_kernels
 
-RESULTS = Path(__file__).parent / "results" / "kernels.json"
-HEADS, HEAD_DIM, STATE, GROUPS, CHANNELS, HIDDEN, LATENT, INNER = 128, 64, 128, 8, 10240, 4096, 1024, 2688
-EXPERTS, TOP_K, VOCAB = 512, 22, 131072
+RESULTS = Path(__file__).parent / "results"
 BF16, F32 = 2, 4
+
+
+class Widths:
+    """A model's, by the letters of its configuration."""
+
+    def __init__(self, config: NemotronHConfig):
+        self.heads, self.head_dim = config.mamba_num_heads, config.mamba_head_dim
+        self.state, self.groups = config.ssm_state_size, config.n_groups
+        self.hidden, self.vocab = config.hidden_size, config.vocab_size
+        self.latent = config.moe_latent_size or config.hidden_size  # in which routed experts work
+        self.inner, self.shared = config.moe_intermediate_size, config.moe_shared_expert_intermediate_size
+        self.experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
+        self.queries, self.keys, self.head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.mamba = self.heads * self.head_dim
+        self.channels = self.mamba + 2 * self.groups * self.state
+        self.projected = self.mamba + self.channels + self.heads
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -66,15 +83,17 @@ def with_backward(call: Callable) -> Callable:
     return work
 
 
-def scan_inputs(length: int, batch: int = 1) -> tuple[torch.Tensor, ...]:
-    dt = torch.nn.functional.softplus(rand(batch, length, HEADS, dtype=torch.float32) - 4)
-    A, D = -16 * torch.rand(HEADS, device="cuda"), torch.ones(HEADS, device="cuda")
-    B, C = (rand(batch, length, GROUPS, STATE) for _ in range(2))
-    return rand(batch, length, HEADS, HEAD_DIM), dt, A, B, C, D
+def scan_inputs(w: Widths, length: int, batch: int = 1) -> tuple[torch.Tensor, ...]:
+    dt = torch.nn.functional.softplus(rand(batch, length, w.heads, dtype=torch.float32) - 4)
+    A, D = -16 * torch.rand(w.heads, device="cuda"), torch.ones(w.heads, device="cuda")
+    B, C = (rand(batch, length, w.groups, w.state) for _ in range(2))
+    return rand(batch, length, w.heads, w.head_dim), dt, A, B, C, D
 
 
-def routed(tokens: int) -> tuple:
-    return torch.rand(tokens, EXPERTS, device="cuda").topk(TOP_K).indices, torch.rand(tokens, TOP_K, device="cuda")
+def routed(w: Widths, tokens: int) -> tuple:
+    return torch.rand(tokens, w.experts, device="cuda").topk(w.top_k).indices, torch.rand(
+        tokens, w.top_k, device="cuda"
+    )
 
 
 def packed(name: str, *shape: int) -> tuple[torch.Tensor, ...]:
@@ -90,14 +109,14 @@ def packed(name: str, *shape: int) -> tuple[torch.Tensor, ...]:
     return codes, blocks, scale
 
 
-def packed_cases() -> list[tuple]:
+def packed_cases(w: Widths) -> list[tuple]:
     """Weights in FP8 and NVFP4, as `cases`: the projections of the release's mix and its routed experts."""
     r, found = registry, []
     sizes = {
-        "in_proj": (18560, HIDDEN),
-        "out_proj": (HIDDEN, 8192),
-        "up_proj": (5376, HIDDEN),
-        "down_proj": (HIDDEN, 5376),
+        "in_proj": (w.projected, w.hidden),
+        "out_proj": (w.hidden, w.mamba),
+        "up_proj": (w.shared, w.hidden),
+        "down_proj": (w.hidden, w.shared),
     }
     for name, bits in (("fp8", 8), ("nvfp4", 4.5)):
         linear, experts = getattr(r, f"{name}_linear"), getattr(r, f"{name}_experts")
@@ -106,63 +125,67 @@ def packed_cases() -> list[tuple]:
                 build = lambda n=n, name=name, rows=rows, width=width: (rand(n, width), *packed(name, rows, width))  # noqa: E731
                 moved, flops = rows * width * bits / 8 + n * (rows + width) * BF16, 2 * n * rows * width
                 found.append((f"{name}_linear", f"{n} {what}", build, linear, moved, flops, 8, n <= 64))
-        up, down = packed(name, EXPERTS, INNER, LATENT), packed(name, EXPERTS, LATENT, INNER)
+        up, down = packed(name, w.experts, w.inner, w.latent), packed(name, w.experts, w.latent, w.inner)
         for n in (1, 2, 4, 8, 16, 32, 64, 2048, 8192):
-            build = lambda n=n, up=up, down=down: (rand(n, LATENT), *routed(n), up, down)  # noqa: E731
-            touched = EXPERTS * (1 - (1 - TOP_K / EXPERTS) ** n)
-            moved, flops = touched * 2 * INNER * LATENT * bits / 8, 4 * n * TOP_K * INNER * LATENT
+            build = lambda n=n, up=up, down=down: (rand(n, w.latent), *routed(w, n), up, down)  # noqa: E731
+            touched = w.experts * (1 - (1 - w.top_k / w.experts) ** n)
+            moved, flops = touched * 2 * w.inner * w.latent * bits / 8, 4 * n * w.top_k * w.inner * w.latent
             found.append((f"{name}_experts", f"{n}", build, experts, moved, flops, 6, n <= 64))
     return found
 
 
-def cases() -> list[tuple]:
+def cases(w: Widths) -> list[tuple]:
     """(op, what, build, call, bytes, FLOPs, copies, in a graph, forward and backward)."""
     r = registry
     found: list[tuple] = []
     build: Callable[[], tuple]
-    for n in (2048, 8192, 32768):
-        moved = n * (2 * HEADS * HEAD_DIM + 2 * GROUPS * STATE) * BF16 + n * HEADS * F32
+    for n in (128, 2048, 8192, 32768, 131072):
+        moved = n * (2 * w.mamba + 2 * w.groups * w.state) * BF16 + n * w.heads * F32
         # The least a chunk of 64 takes: scores, their product with x, reading and writing the state.
-        flops = 2 * n * HEADS * (64 * STATE + 64 * HEAD_DIM + 2 * HEAD_DIM * STATE)
-        found.append(("ssd_chunk_scan", f"{n}", lambda n=n: scan_inputs(n), r.ssd_chunk_scan, moved, flops, 2, False))
-        moved = 2 * n * CHANNELS * BF16
-        build = lambda n=n: (rand(1, n, CHANNELS), rand(CHANNELS, 4), rand(CHANNELS))  # noqa: E731
+        flops = 2 * n * w.heads * (64 * w.state + 64 * w.head_dim + 2 * w.head_dim * w.state)
+        found.append(
+            ("ssd_chunk_scan", f"{n}", lambda n=n: scan_inputs(w, n), r.ssd_chunk_scan, moved, flops, 2, False)
+        )
+        moved = 2 * n * w.channels * BF16
+        build = lambda n=n: (rand(1, n, w.channels), rand(w.channels, 4), rand(w.channels))  # noqa: E731
         found.append(("causal_conv1d", f"{n}", build, r.causal_conv1d, moved, 0, 3, False))
-        build = lambda n=n: (rand(n, 8192), rand(n, 8192), rand(8192), 1e-5, 1024)  # noqa: E731
-        found.append(("gated_rms_norm", f"{n}", build, r.gated_rms_norm, 3 * n * 8192 * BF16, 0, 3, False))
-        build = lambda n=n: (rand(n, HIDDEN), rand(HIDDEN), 1e-5)  # noqa: E731
-        found.append(("rms_norm", f"{n}", build, r.rms_norm, 2 * n * HIDDEN * BF16, 0, 3, False))
-        build = lambda n=n: (rand(n, HIDDEN), rand(EXPERTS, HIDDEN))  # noqa: E731
-        moved, flops = n * HIDDEN * BF16 + n * EXPERTS * F32, 2 * n * HIDDEN * EXPERTS
+        build = lambda n=n: (rand(n, w.mamba), rand(n, w.mamba), rand(w.mamba), 1e-5, w.mamba // w.groups)  # noqa: E731
+        found.append(("gated_rms_norm", f"{n}", build, r.gated_rms_norm, 3 * n * w.mamba * BF16, 0, 3, False))
+        build = lambda n=n: (rand(n, w.hidden), rand(w.hidden), 1e-5)  # noqa: E731
+        found.append(("rms_norm", f"{n}", build, r.rms_norm, 2 * n * w.hidden * BF16, 0, 3, False))
+        build = lambda n=n: (rand(n, w.hidden), rand(w.experts, w.hidden))  # noqa: E731
+        moved, flops = n * w.hidden * BF16 + n * w.experts * F32, 2 * n * w.hidden * w.experts
         found.append(("router_logits", f"{n}", build, r.router_logits, moved, flops, 3, False))
-        build = lambda n=n: (rand(n, EXPERTS, dtype=torch.float32), torch.zeros(EXPERTS, device="cuda"), TOP_K)  # noqa: E731
-        found.append(("topk_routing", f"{n}", build, r.topk_routing, n * (EXPERTS * F32 + TOP_K * 12), 0, 3, False))
-    up, down = rand(EXPERTS, INNER, LATENT), rand(EXPERTS, LATENT, INNER)
+        build = lambda n=n: (rand(n, w.experts, dtype=torch.float32), torch.zeros(w.experts, device="cuda"), w.top_k)  # noqa: E731
+        found.append(
+            ("topk_routing", f"{n}", build, r.topk_routing, n * (w.experts * F32 + w.top_k * 12), 0, 3, False)
+        )
+    up, down = rand(w.experts, w.inner, w.latent), rand(w.experts, w.latent, w.inner)
     for n in (1, 2, 4, 8, 16, 64, 2048, 8192):
-        build = lambda n=n: (rand(n, LATENT), *routed(n), up, down)  # noqa: E731
-        touched = EXPERTS * (1 - (1 - TOP_K / EXPERTS) ** n)
-        moved, flops = touched * 2 * INNER * LATENT * BF16, 4 * n * TOP_K * INNER * LATENT
+        build = lambda n=n: (rand(n, w.latent), *routed(w, n), up, down)  # noqa: E731
+        touched = w.experts * (1 - (1 - w.top_k / w.experts) ** n)
+        moved, flops = touched * 2 * w.inner * w.latent * BF16, 4 * n * w.top_k * w.inner * w.latent
         found.append(("moe_experts", f"{n}", build, r.moe_experts, moved, flops, 6, n <= 16))
     for b in (1, 8, 64):
         build = lambda b=b: (  # noqa: E731
-            rand(b, HEADS, HEAD_DIM, STATE, dtype=torch.float32),
-            *(t[:, 0] if t.dim() > 2 else t for t in scan_inputs(1, b)),
+            rand(b, w.heads, w.head_dim, w.state, dtype=torch.float32),
+            *(t[:, 0] if t.dim() > 2 else t for t in scan_inputs(w, 1, b)),
         )
-        moved = 2 * b * HEADS * HEAD_DIM * STATE * F32
+        moved = 2 * b * w.mamba * w.state * F32
         found.append(("selective_state_update", f"batch {b}", build, r.selective_state_update, moved, 0, 24, True))
-        build = lambda b=b: (rand(b, CHANNELS, 4), rand(b, CHANNELS), rand(CHANNELS, 4), rand(CHANNELS))  # noqa: E731
-        moved = (10 * b + 5) * CHANNELS * BF16
+        build = lambda b=b: (rand(b, w.channels, 4), rand(b, w.channels), rand(w.channels, 4), rand(w.channels))  # noqa: E731
+        moved = (10 * b + 5) * w.channels * BF16
         found.append(("causal_conv1d_update", f"batch {b}", build, r.causal_conv1d_update, moved, 0, 24, True))
-        build = lambda b=b: (rand(b, HIDDEN), rand(b, HIDDEN), rand(HIDDEN), 1e-5)  # noqa: E731
-        found.append(("add_rms_norm", f"batch {b}", build, r.add_rms_norm, (4 * b + 1) * HIDDEN * BF16, 0, 24, True))
-        build = lambda b=b: (rand(b, HIDDEN), rand(HIDDEN), 1e-5)  # noqa: E731
-        found.append(("rms_norm", f"batch {b}", build, r.rms_norm, (2 * b + 1) * HIDDEN * BF16, 0, 24, True))
+        build = lambda b=b: (rand(b, w.hidden), rand(b, w.hidden), rand(w.hidden), 1e-5)  # noqa: E731
+        found.append(("add_rms_norm", f"batch {b}", build, r.add_rms_norm, (4 * b + 1) * w.hidden * BF16, 0, 24, True))
+        build = lambda b=b: (rand(b, w.hidden), rand(w.hidden), 1e-5)  # noqa: E731
+        found.append(("rms_norm", f"batch {b}", build, r.rms_norm, (2 * b + 1) * w.hidden * BF16, 0, 24, True))
     for n in (2, 4, 8):  # tokens of one sequence, read again behind a settled state
-        build = lambda n=n: (rand(1, HEADS, HEAD_DIM, STATE, dtype=torch.float32), *scan_inputs(n))  # noqa: E731
-        moved = HEADS * HEAD_DIM * STATE * F32 + n * (2 * HEADS * HEAD_DIM + 2 * GROUPS * STATE) * BF16
+        build = lambda n=n: (rand(1, w.heads, w.head_dim, w.state, dtype=torch.float32), *scan_inputs(w, n))  # noqa: E731
+        moved = w.mamba * w.state * F32 + n * (2 * w.mamba + 2 * w.groups * w.state) * BF16
         found.append(("selective_state_replay", f"{n}", build, r.selective_state_replay, moved, 0, 24, True))
-        build = lambda n=n: (rand(1, CHANNELS, 4), rand(1, n, CHANNELS), rand(CHANNELS, 4), rand(CHANNELS))  # noqa: E731
-        moved = (9 + 2 * n) * CHANNELS * BF16
+        build = lambda n=n: (rand(1, w.channels, 4), rand(1, n, w.channels), rand(w.channels, 4), rand(w.channels))  # noqa: E731
+        moved = (9 + 2 * n) * w.channels * BF16
         found.append(("causal_conv1d_replay", f"{n}", build, r.causal_conv1d_replay, moved, 0, 24, True))
     for b, slots, dtype in (
         (1, 8192, "bf16"),
@@ -173,19 +196,19 @@ def cases() -> list[tuple]:
     ):
         narrow = torch.float8_e4m3fn if dtype == "fp8" else torch.bfloat16
         build = lambda b=b, slots=slots, narrow=narrow: (  # noqa: E731
-            rand(b, 32, 1, 128),
-            *(rand(b, 2, slots, 128).to(narrow) for _ in range(2)),
+            rand(b, w.queries, 1, w.head),
+            *(rand(b, w.keys, slots, w.head).to(narrow) for _ in range(2)),
             torch.full((b, 1), slots - 1, device="cuda"),
             torch.ones(b, slots, dtype=torch.bool, device="cuda"),
-            128**-0.5,
+            w.head**-0.5,
             *(torch.ones((), device="cuda") for _ in range(2 * (narrow != torch.bfloat16))),
         )
-        moved, flops = 2 * b * 2 * slots * 128 * narrow.itemsize, 4 * b * 32 * slots * 128
+        moved, flops = 2 * b * w.keys * slots * w.head * narrow.itemsize, 4 * b * w.queries * slots * w.head
         found.append(("decode_attention", f"{b} x {slots} {dtype}", build, r.decode_attention, moved, flops, 12, True))
     for n in (1, 4, 16, 64):
         for which, out, width in (
-            ("in", 2 * HEADS * HEAD_DIM + 2 * GROUPS * STATE + HEADS, HIDDEN),
-            ("out", HIDDEN, 8192),
+            ("in", w.projected, w.hidden),
+            ("out", w.hidden, w.mamba),
         ):
             build = lambda n=n, out=out, width=width: (rand(n, width), rand(out, width))  # noqa: E731
             moved, flops = (out * width + n * (out + width)) * BF16, 2 * n * out * width
@@ -193,7 +216,7 @@ def cases() -> list[tuple]:
                 ("small_batch_linear", f"{n}, {which}_proj", build, r.small_batch_linear, moved, flops, 6, True)
             )
     n = 4096
-    build = lambda: (rand(n, HIDDEN), rand(VOCAB, HIDDEN), torch.randint(VOCAB, (n,), device="cuda"))  # noqa: E731
+    build = lambda: (rand(n, w.hidden), rand(w.vocab, w.hidden), torch.randint(w.vocab, (n,), device="cuda"))  # noqa: E731
     # The logits and the two products of the gradients; bytes are small beside them.
     found.append(
         (
@@ -201,23 +224,23 @@ def cases() -> list[tuple]:
             f"{n} fwd+bwd",
             build,
             with_backward(r.linear_cross_entropy),
-            3 * VOCAB * HIDDEN * BF16,
-            6 * n * VOCAB * HIDDEN,
+            3 * w.vocab * w.hidden * BF16,
+            6 * n * w.vocab * w.hidden,
             1,
             False,
         )
     )
-    build = lambda: (rand(n, 2 * INNER),)  # noqa: E731
+    build = lambda: (rand(n, w.shared),)  # noqa: E731
     found.append(
-        ("relu_squared", f"{n} fwd+bwd", build, with_backward(r.relu_squared), 10 * n * INNER * BF16, 0, 6, False)
+        ("relu_squared", f"{n} fwd+bwd", build, with_backward(r.relu_squared), 5 * n * w.shared * BF16, 0, 6, False)
     )
-    moved = n * (4 * HEADS * HEAD_DIM + 6 * GROUPS * STATE) * BF16
-    flops = 3 * 2 * n * HEADS * (64 * STATE + 64 * HEAD_DIM + 2 * HEAD_DIM * STATE)
+    moved = n * (4 * w.mamba + 6 * w.groups * w.state) * BF16
+    flops = 3 * 2 * n * w.heads * (64 * w.state + 64 * w.head_dim + 2 * w.head_dim * w.state)
     found.append(
         (
             "ssd_chunk_scan",
             f"{n} fwd+bwd",
-            lambda: scan_inputs(n),
+            lambda: scan_inputs(w, n),
             with_backward(r.ssd_chunk_scan),
             moved,
             flops,
@@ -225,38 +248,49 @@ def cases() -> list[tuple]:
             False,
         )
     )
-    build = lambda: (rand(1, n, CHANNELS), rand(CHANNELS, 4), rand(CHANNELS))  # noqa: E731
+    build = lambda: (rand(1, n, w.channels), rand(w.channels, 4), rand(w.channels))  # noqa: E731
     found.append(
-        ("causal_conv1d", f"{n} fwd+bwd", build, with_backward(r.causal_conv1d), 5 * n * CHANNELS * BF16, 0, 3, False)
+        (
+            "causal_conv1d",
+            f"{n} fwd+bwd",
+            build,
+            with_backward(r.causal_conv1d),
+            5 * n * w.channels * BF16,
+            0,
+            3,
+            False,
+        )
     )
-    build = lambda: (rand(n, 8192), rand(n, 8192), rand(8192), 1e-5, 1024)  # noqa: E731
+    build = lambda: (rand(n, w.mamba), rand(n, w.mamba), rand(w.mamba), 1e-5, w.mamba // w.groups)  # noqa: E731
     found.append(
-        ("gated_rms_norm", f"{n} fwd+bwd", build, with_backward(r.gated_rms_norm), 8 * n * 8192 * BF16, 0, 3, False)
+        ("gated_rms_norm", f"{n} fwd+bwd", build, with_backward(r.gated_rms_norm), 8 * n * w.mamba * BF16, 0, 3, False)
     )
-    build = lambda: (rand(n, LATENT), *routed(n), up, down)  # noqa: E731
-    moved, flops = 4 * EXPERTS * INNER * LATENT * BF16, 12 * n * TOP_K * INNER * LATENT
+    build = lambda: (rand(n, w.latent), *routed(w, n), up, down)  # noqa: E731
+    moved, flops = 4 * w.experts * w.inner * w.latent * BF16, 12 * n * w.top_k * w.inner * w.latent
     found.append(("moe_experts", f"{n} fwd+bwd", build, with_backward(r.moe_experts), moved, flops, 1, False))
-    return found + packed_cases()
+    return found + packed_cases(w)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=None, help="names of ops, with commas between them")
-    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--model", default="super", help="whose widths: a preset")
+    parser.add_argument("--without-reference", action="store_true", help="do not time the torch reference")
+    parser.add_argument("--save", action="store_true", help="write the run to results/")
     options = parser.parse_args()
     torch.manual_seed(0)
     bandwidth, rate = limits()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s, product {rate / 1e12:.0f} TFLOP/s")
     print(f"{'op':<24}{'tokens':<16}{'ms':>9}{'torch ms':>10}{'GB':>8}{'TFLOP':>8}{'share of limit':>16}")
     rows = []
-    for name, what, build, call, moved, flops, copies, graph in cases():
+    for name, what, build, call, moved, flops, copies, graph in cases(Widths(preset(options.model))):
         if options.only and name not in options.only.split(","):
             continue
         backward = "bwd" in what
         work = rotating(build, call, copies)
-        times = {}
+        times = {"torch": float("nan")}
         with torch.set_grad_enabled(backward):
-            for source in ("auto", "torch"):
+            for source in ("auto",) if options.without_reference else ("auto", "torch"):
                 with use_kernels(source):
                     try:
                         # References of experts and of NVFP4 need the host in between: no graph can hold that.
@@ -283,13 +317,15 @@ def main() -> None:
             "hardware": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "triton": triton.__version__,
-            "command": "python tests/benchmarks/kernels.py --save",
+            "command": "python tests/benchmarks/kernels.py " + " ".join(sys.argv[1:]),
+            "model": options.model,
             "copy_TB_s": bandwidth / 1e12,
             "product_TFLOP_s": rate / 1e12,
-            "rows": [{k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows],
+            "rows": [
+                {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items() if v == v} for row in rows
+            ],
         }
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        (RESULTS / f"kernels_{options.model}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
