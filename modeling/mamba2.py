@@ -108,7 +108,7 @@ class NemotronHMamba2Mixer(nn.Module):
             whole = self._hub("mamba_split_conv1d_scan_combined") if self.training else None
             if whole is not None and layout.padding is None:
                 return _plus(self._through(whole, hidden_states, layout.compact_documents()), residual)
-            return _plus(self._sequence(hidden_states, layout, None, None)[0], residual)
+            return _plus(self._sequence(hidden_states, layout, None, None, keep=False)[0], residual)
         layer = cache.layers[self.layer_idx]
         if getattr(layer, "read_ahead", None) is not None:
             return self._read_ahead(hidden_states, layer, residual)
@@ -188,9 +188,17 @@ class NemotronHMamba2Mixer(nn.Module):
         return cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
 
     def _sequence(
-        self, hidden_states: Tensor, layout: TokenLayout, conv_state: Tensor | None, ssm_state: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """A whole call. Returns the output (batch, seq, hidden) and the states after each row's last token."""
+        self,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
+        keep: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """A whole call. Returns the output (batch, seq, hidden) and the states after each row's last token.
+
+        Without `keep` the convolution's state is not worked out, unless a later segment of the same call wants it.
+        """
         padding, seq_idx, lengths = layout.padding, layout.compact_documents(), None
         if padding is not None:
             lengths, hidden_states = padding.lengths, padding.compact(hidden_states)
@@ -201,7 +209,7 @@ class NemotronHMamba2Mixer(nn.Module):
             per_device = _SEGMENT_TOKENS.get(hidden_states.device.type, _SEGMENT_TOKENS["cuda"])
             segment = max(self.chunk_size, per_device // batch // self.chunk_size * self.chunk_size)
         if segment >= length:
-            out, conv_state, ssm_state = self._mix(hidden_states, conv_state, ssm_state, seq_idx, lengths)
+            out, conv_state, ssm_state = self._mix(hidden_states, conv_state, ssm_state, seq_idx, lengths, keep)
         else:
             out = torch.empty_like(hidden_states)
             for start in range(0, length, segment):
@@ -215,7 +223,7 @@ class NemotronHMamba2Mixer(nn.Module):
                 out[:, start:end], conv_state, ssm_state = self._mix(
                     hidden_states[:, start:end], conv_state, ssm_state, ids, here
                 )
-        assert conv_state is not None and ssm_state is not None
+        assert ssm_state is not None and not (keep and conv_state is None)
         return (out if padding is None else padding.restore(out)), conv_state, ssm_state
 
     def _mix(
@@ -225,10 +233,11 @@ class NemotronHMamba2Mixer(nn.Module):
         ssm_state: Tensor | None,
         seq_idx: Tensor | None,
         lengths: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        keep: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """One stretch of sequence, real tokens first. Returns the output and the states after each row's last token."""
         z, conv_in, dt = self._project(hidden_states)
-        y, conv_state, ssm_state = self._recur(conv_in, dt, conv_state, ssm_state, seq_idx, lengths)
+        y, conv_state, ssm_state = self._recur(conv_in, dt, conv_state, ssm_state, seq_idx, lengths, keep)
         return self.out_proj(self.norm(y, z)), conv_state, ssm_state
 
     def _recur(
@@ -239,10 +248,12 @@ class NemotronHMamba2Mixer(nn.Module):
         ssm_state: Tensor | None,
         seq_idx: Tensor | None = None,
         lengths: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        keep: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The part with memory, from what `in_proj` gives: conv_in (batch, seq, conv_dim) and dt (batch, seq, heads).
 
-        Returns y (batch, seq, heads * head_dim) and the states after the first `lengths` tokens of each row.
+        Returns y (batch, seq, heads * head_dim) and the states after the first `lengths` tokens of each row; with `keep` also
+        the convolution's, whose many short kernels training does without.
         """
         batch, length, _ = conv_in.shape
         xBC = self.conv1d(conv_in, conv_state, seq_idx, hub=self._hub("causal_conv1d_fn"))
@@ -263,7 +274,8 @@ class NemotronHMamba2Mixer(nn.Module):
             seq_idx=seq_idx,
             hub=self._hub("mamba_chunk_scan_combined"),
         )
-        return y.reshape(batch, length, -1), self._window(conv_in, conv_state, seq_idx, lengths), ssm_state
+        window = self._window(conv_in, conv_state, seq_idx, lengths) if keep else None
+        return y.reshape(batch, length, -1), window, ssm_state
 
     def _replay(
         self,

@@ -63,20 +63,24 @@ def training_objective(
     """
     states = [hidden_states, *ahead]
     given: list[Tensor | None] = [logits, *(mtp_logits or [None for _ in ahead])]
-    shares = [1.0] + [mtp_scale / len(ahead) for _ in ahead]
     work = torch.promote_types(hidden_states.dtype, torch.float32)
-    targets = [layout.ahead(labels, steps, fill=-100).reshape(-1) for steps in range(1, len(states) + 1)]
-    weights = [(t != -100).to(work) for t in targets]
+
+    def of_each_term(t: Tensor, fill: float) -> Tensor:
+        return torch.stack([layout.ahead(t, steps, fill).flatten() for steps in range(1, len(states) + 1)])
+
+    targets = of_each_term(labels, -100)
+    weights = (targets != -100).to(work)  # (terms, tokens), as the targets
     if loss_weights is not None:
-        counts = loss_weights.detach().to(work)
-        weights = [w * layout.ahead(counts, k, fill=0.0).reshape(-1) for k, w in enumerate(weights, start=1)]
+        weights = weights * of_each_term(loss_weights.detach().to(work), 0.0)
     if num_items_in_batch is None:
-        sums = torch.stack(weights).sum(1)
+        sums = weights.sum(1)
         items = torch.where(sums > 0, sums, torch.ones_like(sums))
     else:
         items = torch.as_tensor(num_items_in_batch, device=hidden_states.device).to(work).expand(len(states))
     # All that a token's loss counts, so that nothing is left for the backward to multiply the head's gradient by.
-    counted = [w * (share / n) for w, share, n in zip(weights, shares, items, strict=True)]
+    counted = weights / items.unsqueeze(1)
+    if ahead:
+        counted[1:] *= mtp_scale / len(ahead)
 
     losses: list[Tensor | None] = [
         None if whole is None else F.cross_entropy(whole.flatten(0, 1).float(), t, ignore_index=-100, reduction="none")
@@ -89,10 +93,10 @@ def training_objective(
         together, *joined = (part[0] if len(rest) == 1 else torch.cat(part) for part in parts)
         summed, each = _weighted_losses(head, together, *joined)
         total = total + summed
-        for k, one in zip(rest, each.split(targets[0].numel()), strict=True):
+        for k, one in zip(rest, each.split(targets.shape[1]), strict=True):
             losses[k] = one
-    terms = [(one.detach() * w).sum() / n for one, w, n in zip(losses, weights, items, strict=True) if one is not None]
-    return Objective(total, terms[0], torch.stack(terms[1:]).mean() if ahead else None)
+    terms = (torch.stack([one.detach() for one in losses if one is not None]) * weights).sum(1) / items  # (terms,)
+    return Objective(total, terms[0], terms[1:].mean() if ahead else None)
 
 
 def _weighted_losses(

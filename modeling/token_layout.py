@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
@@ -108,21 +107,18 @@ class TokenLayout:
 
     def ahead(self, t: Tensor, steps: int, fill: float) -> Tensor:
         """What (batch, seq, ...) holds `steps` tokens ahead in the same row and document; `fill` where nothing is."""
-        batch, length = t.shape[:2]
         compact = t if self.padding is None else self.padding.compact(t)
-        shifted = F.pad(compact[:, steps:].movedim(1, -1), (0, min(steps, length)), value=fill).movedim(-1, 1)
-        there = None
-        ids = self.compact_documents()
-        if ids is not None:
-            there = F.pad(ids[:, steps:], (0, min(steps, length)), value=-1) == ids
-        if self.padding is not None:
-            slots = torch.arange(length, device=t.device)
-            token = slots + steps < self.padding.lengths.unsqueeze(1)
-            there = token if there is None else there & token
-        if there is not None:
-            there = there.view(batch, length, *(1,) * (t.dim() - 2))
-            shifted = torch.where(there, shifted, torch.full((), fill, dtype=t.dtype, device=t.device))
+        beyond = self._beyond(steps, *t.shape[:2], t.device).view(*t.shape[:2], *(1,) * (t.dim() - 2))
+        # Two passes over `t`, and two for its gradient.
+        shifted = compact.roll(-steps, 1).masked_fill(beyond, fill)
         return shifted if self.padding is None else self.padding.restore(shifted)
+
+    def _beyond(self, steps: int, batch: int, length: int, device: torch.device) -> Tensor:
+        """(batch, seq) bool, real tokens first: whether what is `steps` ahead is no token of the same row and document."""
+        lengths = length if self.padding is None else self.padding.lengths.unsqueeze(1)
+        beyond = (torch.arange(steps, steps + length, device=device) >= lengths).expand(batch, length)
+        ids = self.compact_documents()
+        return beyond if ids is None else beyond | (ids.roll(-steps, 1) != ids)
 
 
 def describe_tokens(

@@ -564,6 +564,19 @@ def test_cross_entropy_from_hidden_states(check, tokens, width, vocab, chunk, si
     check("linear_cross_entropy", args, seed=seed, constant={3})
 
 
+@pytest.mark.parametrize("tokens", [1, 4095, 4096, 8192, 8193, 12288, 12289, 100_000])
+def test_more_logits_at_once_take_no_more_memory(tokens):
+    """In lower precision: what is held beside the logits is the weight's gradient, summed over blocks in float32 and then rounded."""
+    rows_at_once = sys.modules[f"{registry._bundle().__name__}.linear_cross_entropy"]._rows_at_once
+    hidden, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (tokens, 131072))
+    rows = rows_at_once(hidden, weight, 0, for_weight=True)
+    logits, gradient = 2 * min(rows, tokens) * 131072, 2 * weight.numel()
+    assert logits + (gradient if tokens <= rows else 2 * gradient) <= 3 * gradient
+    # No block is much shorter than the others, and none shorter than where memory is of no account.
+    assert rows >= min(tokens, 2048) and -(-tokens // rows) * rows - tokens < -(-tokens // rows)
+    assert rows_at_once(hidden, weight, 0, for_weight=False) == 2048 and rows_at_once(hidden, weight, 7, True) == 7
+
+
 @pytest.mark.parametrize("frozen", [(), (0,), (1,), (0, 1)])
 def test_cross_entropy_makes_no_gradient_that_nobody_wants(check, frozen):
     hidden, weight = normal(0, (5, 8), (70, 8), dtype=torch.bfloat16)

@@ -7,7 +7,12 @@ from nemotron_super.modeling.side_stream import beside
 
 def test_without_a_recording_it_is_done_at_once():
     done = []
-    wait = beside(lambda x: done.append(x) or x + 1, torch.ones(2))
+
+    def work(x):
+        done.append(x)
+        return x + 1
+
+    wait = beside(work, torch.ones(2))
     assert len(done) == 1
     assert wait().tolist() == [2.0, 2.0]
 

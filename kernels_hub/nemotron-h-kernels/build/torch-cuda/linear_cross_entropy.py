@@ -77,11 +77,13 @@ def _scale_kernel(x, factor, count, SIZE: tl.constexpr):
 def _rows_at_once(hidden: Tensor, weight: Tensor, chunk: int, for_weight: bool) -> int:
     if chunk:
         return chunk
-    tokens, rows = hidden.shape[0], max(1, _LOGITS_AT_ONCE // weight.shape[0])
-    if for_weight and weight.dtype != torch.float32 and tokens <= rows + weight.shape[1]:
-        # All at once: the further logits take no more than the float32 sum over blocks takes beyond the gradient itself.
-        return max(1, tokens)
-    return rows
+    (tokens, width), rows = hidden.shape, max(1, _LOGITS_AT_ONCE // weight.shape[0])
+    if not for_weight or weight.dtype == torch.float32:
+        return rows
+    # In lower precision the memory is highest where a float32 sum over blocks is rounded: three times the weight. Logits of `width`
+    # tokens are as large as the weight, so that beside the sum they fit below that, and beside a gradient of all at once twice as many.
+    blocks = triton.cdiv(tokens, max(rows, width)) if tokens > max(rows, 2 * width) else 1
+    return max(1, triton.cdiv(tokens, blocks))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -201,8 +203,8 @@ def linear_cross_entropy(
         weight: (vocab, width), in the dtype of `hidden`.
         targets: (tokens,) int64; where it is `ignore_index` there is nothing to predict.
         weights: (tokens,), what each token's loss counts, without a gradient; by default 1.
-        chunk: tokens whose logits are held at once; by default what fits in 2^28 logits, or all where the logits of the others
-            take no more memory than a float32 sum of the weight's gradient would.
+        chunk: tokens whose logits are held at once; by default what fits in 2^28 logits, or more where these take no more memory
+            than the sum of the weight's gradient in float32.
 
     Returns:
         loss: () float32, the sum, in nats.
