@@ -15,7 +15,7 @@ from torch import Tensor
 from ._launch import block, on
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, previous_done
-from .selective_state_update import ANY_STEP, decay_of, time_step
+from .selective_state_update import ANY_STEP, decay_of, prefetch_state, time_step
 
 _ROWS = 16  # of the state a program advances, as for one token
 _TOKENS, _CHANNELS = 8, 128  # that a program convolves at once
@@ -170,10 +170,12 @@ def _state_kernel(
     n = tl.arange(0, BN)
     p_in, n_in = p < P, n < N
     both = p_in[:, None] & n_in[None, :]
-    place = state + batch * state_batch + head * state_head + p[:, None] * N + n[None, :]
+    state += batch * state_batch + head * state_head
+    place = state + p[:, None] * N + n[None, :]
     a, shift = decay_of(A, dt_bias, head, RAW)
     skip = tl.load(D + head).to(tl.float32)
     next_may_begin(OVERLAP)
+    prefetch_state(state, p, P, N, BN, OVERLAP)
     previous_done(OVERLAP)
     h = tl.load(place, mask=both, other=0.0).to(tl.float32)
     x += batch * x_batch + head * x_head
