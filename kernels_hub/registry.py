@@ -50,6 +50,7 @@ from .reference.rms_norm import rms_norm as _rms_norm
 from .reference.selective_state_update import selective_state_update as _selective_state_update
 from .reference.ssd_chunk_scan import ssd_chunk_scan as _ssd_chunk_scan
 from .reference.stochastic_round import STOCHASTIC
+from .reference.topk_routing import route_few_tokens as _route_few_tokens
 from .reference.topk_routing import router_logits as _router_logits
 from .reference.topk_routing import topk_routing as _topk_routing
 
@@ -155,11 +156,30 @@ def _routing_limits(
     n_group: int = 1,
     topk_group: int = 1,
 ) -> str | None:
+    reason = _dtype_of("logits", logits, (torch.float32,)) or _dtype_of("bias", bias, (torch.float32,))
+    return _choice_limits(logits.shape[-1], n_group) or reason
+
+
+def _choice_limits(experts: int, n_group: int) -> str | None:
     if n_group > 1:
         return f"`n_group` is {n_group}, the kernel knows one group"
-    if logits.shape[-1] > 4096:
-        return f"{logits.shape[-1]} experts, the kernel serves up to 4096"
-    return _dtype_of("logits", logits, (torch.float32,)) or _dtype_of("bias", bias, (torch.float32,))
+    return f"{experts} experts, the kernel serves up to 4096" if experts > 4096 else None
+
+
+def _route_few_limits(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    narrowing: Tensor | None,
+    top_k: int,
+    normalise: bool = True,
+    scale: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+) -> str | None:
+    products = (_small_linear_limits(x, w) for w in (weight, narrowing) if w is not None)
+    reason = next(filter(None, products), None) or _dtype_of("bias", bias, (torch.float32,))
+    return _choice_limits(weight.shape[0], n_group) or reason
 
 
 def _experts_limits(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> str | None:
@@ -407,6 +427,11 @@ causal_conv1d_replay = Op(
 selective_state_replay = Op(
     "selective_state_replay", functools.partial(_selective_state_replay, scan=ssd_chunk_scan), _state_replay_limits
 )
+route_few_tokens = Op(
+    "route_few_tokens",
+    functools.partial(_route_few_tokens, logits_of=router_logits, choose=topk_routing, multiply=small_batch_linear),
+    _route_few_limits,
+)
 add_rms_norm = Op("add_rms_norm", functools.partial(_add_rms_norm, norm=rms_norm), _add_norm_limits)
 
 OPS: dict[str, Op] = {
@@ -420,6 +445,7 @@ OPS: dict[str, Op] = {
         gated_rms_norm,
         router_logits,
         topk_routing,
+        route_few_tokens,
         moe_experts,
         *(nvfp4_linear, fp8_linear, nvfp4_experts, fp8_experts),
         linear_cross_entropy,
@@ -595,6 +621,7 @@ def _example(op: str, device: torch.device, dtype: torch.dtype) -> tuple:
         "gated_rms_norm": (t(2, 16), t(2, 16), t(16), 1e-5, 8),
         "router_logits": (t(2, 16), t(8, 16)),
         "topk_routing": (t(2, 8, dtype=real), t(8, dtype=real), 2),
+        "route_few_tokens": (t(2, 16), t(8, 16), t(8, dtype=real), t(4, 16), 2),
         "moe_experts": (*routed, t(8, 32, 16), t(8, 16, 32)),
         "nvfp4_linear": (t(2, 16), t(8, 8, dtype=byte), t(8, 1, dtype=fp8), t(dtype=real)),
         "fp8_linear": (t(2, 16), t(8, 16, dtype=fp8), t(dtype=real)),

@@ -99,6 +99,7 @@ FAR_APART = [
     *(("decode_attention", attention_inputs, which, dim) for which in (0, 1, 2) for dim in (0, 1, 2)),
     ("small_batch_linear", lambda: (normal(3, 16), normal(8, 16)), 0, 0),
     ("small_batch_linear", lambda: (normal(16, 16), normal(3, 16)), 1, 0),
+    ("route_few_tokens", lambda: (normal(3, 16), normal(8, 16), torch.zeros(8, device=DEVICE), normal(5, 16), 2), 0, 0),
     ("moe_experts", expert_inputs, 0, 0),
     ("relu_squared", lambda: (normal(3, 16),), 0, 0),
 ]
@@ -173,6 +174,7 @@ def test_nothing_at_all():
         ("selective_state_update", step_inputs(batch=0)),
         ("topk_routing", (normal(0, 8, dtype=torch.float32), normal(8, dtype=torch.float32), 2)),
         ("small_batch_linear", (normal(0, 16), normal(8, 16))),
+        ("route_few_tokens", (normal(0, 16), normal(8, 16), normal(8, dtype=torch.float32), normal(5, 16), 2)),
         ("relu_squared", (normal(0, 16),)),
         ("linear_cross_entropy", (normal(0, 16), normal(8, 16), empty[:, 0])),
     ):
@@ -204,6 +206,9 @@ def test_documents_of_one_token_and_of_none(check):
         ("selective_state_replay", lambda: (replay_inputs()[0].mT, *replay_inputs()[1:]), "`state` has strides"),
         ("small_batch_linear", lambda: (normal(65, 16), normal(8, 16)), "up to 64 tokens"),
         ("small_batch_linear", lambda: (normal(3, 16), normal(8, 16).double()), "float64"),
+        ("route_few_tokens", lambda: (normal(65, 16), normal(8, 16), normal(8).float(), None, 2), "up to 64 tokens"),
+        ("route_few_tokens", lambda: (normal(3, 16), normal(8, 16), normal(8).float(), normal(5, 16).double(), 2), "float64"),
+        ("route_few_tokens", lambda: (normal(3, 16), normal(8, 16), normal(8).float(), None, 2, True, 1.0, 4), "`n_group` is 4"),
         ("add_rms_norm", lambda: (normal(3, 16), normal(3, 16).double(), normal(16), 1e-5), "float64"),
         ("linear_cross_entropy", lambda: (normal(3, 16), normal(8, 16), torch.zeros(3, device=DEVICE)), "wants int64"),
         ("linear_cross_entropy", lambda: (normal(3, 16), normal(8, 15), torch.zeros(3, device=DEVICE).long()), "(8, 15)"),

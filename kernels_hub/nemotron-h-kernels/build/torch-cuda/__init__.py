@@ -18,7 +18,7 @@ from .rms_norm import gated_rms_norm, rms_norm
 from .selective_state_update import selective_state_update
 from .small_batch_linear import small_batch_linear
 from .ssd_chunk_scan import ssd_chunk_scan
-from .topk_routing import router_logits, topk_routing
+from .topk_routing import route_few_tokens, router_logits, topk_routing
 
 __all__ = [
     "add_rms_norm",
@@ -36,6 +36,7 @@ __all__ = [
     "nvfp4_linear",
     "relu_squared",
     "rms_norm",
+    "route_few_tokens",
     "router_logits",
     "selective_state_replay",
     "selective_state_update",
