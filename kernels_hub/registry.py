@@ -22,7 +22,7 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +35,7 @@ from .reference.add_rms_norm import add_rms_norm as _add_rms_norm
 from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
 from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
 from .reference.decode_attention import decode_attention as _decode_attention
+from .reference.linear import joint_linear as _joint_linear
 from .reference.linear import small_batch_linear as _small_batch_linear
 from .reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from .reference.moe_experts import moe_experts as _moe_experts
@@ -297,6 +298,12 @@ def _small_linear_limits(
     return _dtype_of("x", x)
 
 
+def _joint_linear_limits(x: Tensor, weights: Sequence[Tensor]) -> str | None:
+    if not 1 <= len(weights) <= 3:
+        return f"{len(weights)} weights, the kernel takes up to three"
+    return next(filter(None, (_small_linear_limits(x, weight) for weight in weights)), None)
+
+
 def _relu_squared_limits(x: Tensor) -> str | None:
     return _dtype_of("x", x)
 
@@ -421,6 +428,7 @@ relu_squared = Op("relu_squared", _relu_squared, _relu_squared_limits)
 small_batch_linear = Op("small_batch_linear", _small_batch_linear, _small_linear_limits)
 decode_attention = Op("decode_attention", _decode_attention, _decode_attention_limits)
 # Made of other ops: where these kernels do not serve, what serves those does.
+joint_linear = Op("joint_linear", functools.partial(_joint_linear, multiply=small_batch_linear), _joint_linear_limits)
 causal_conv1d_replay = Op(
     "causal_conv1d_replay", functools.partial(_causal_conv1d_replay, conv=causal_conv1d), _conv_replay_limits
 )
@@ -451,6 +459,7 @@ OPS: dict[str, Op] = {
         linear_cross_entropy,
         relu_squared,
         small_batch_linear,
+        joint_linear,
         decode_attention,
         causal_conv1d_replay,
         selective_state_replay,
@@ -638,6 +647,7 @@ def _example(op: str, device: torch.device, dtype: torch.dtype) -> tuple:
         "linear_cross_entropy": (t(2, 16), t(32, 16), t(2, dtype=torch.int64)),
         "relu_squared": (t(2, 16),),
         "small_batch_linear": (t(2, 16), t(8, 16)),
+        "joint_linear": (t(2, 16), (t(8, 16), t(4, 16))),
         "decode_attention": (t(1, 4, 1, 16), t(1, 2, 8, 16), t(1, 2, 8, 16), t(1, 1, dtype=torch.int64), None, 0.25),
         "causal_conv1d_replay": (t(1, 16, 4), t(1, 3, 16), t(16, 4)),
         "selective_state_replay": (

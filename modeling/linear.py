@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..kernels_hub.reference.linear import finished, linear
-from ..kernels_hub.registry import relu_squared, small_batch_linear
+from ..kernels_hub.registry import joint_linear, relu_squared, small_batch_linear
 
 _FEW_TOKENS = 64  # as many as the registry's op is made for
 
@@ -59,3 +61,12 @@ def product_of(module: nn.Module, x: Tensor, relu2: bool = False, plus: tuple[Te
         return module.product(x, relu2, terms)
     out = module(x)
     return finished(relu_squared(out) if relu2 else out, False, terms)
+
+
+def products_of(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """`module(x)` of each; of few tokens slices of one product, where all do nothing but multiply by weights of one dtype."""
+    if few_tokens(x):
+        weights = [weight for weight in map(bare_weight_of, modules) if weight is not None]
+        if len(weights) == len(modules) and len({weight.dtype for weight in weights}) == 1:
+            return list(joint_linear(x, weights).split([weight.shape[0] for weight in weights], -1))
+    return [module(x) for module in modules]

@@ -196,6 +196,10 @@ def cases() -> list[tuple]:
             found.append(
                 ("small_batch_linear", f"{n}, {which}_proj", build, r.small_batch_linear, moved, flops, 6, True)
             )
+    for n in (1, 4, 16, 64):
+        build = lambda n=n: (rand(n, HIDDEN), [rand(out, HIDDEN) for out in (4096, 256, 256)])  # noqa: E731
+        moved, flops = (4608 * HIDDEN + n * (4608 + HIDDEN)) * BF16, 2 * n * 4608 * HIDDEN
+        found.append(("joint_linear", f"{n}, q, k and v", build, r.joint_linear, moved, flops, 12, True))
     n = 4096
     build = lambda: (rand(n, HIDDEN), rand(VOCAB, HIDDEN), torch.randint(VOCAB, (n,), device="cuda"))  # noqa: E731
     # The logits and the two products of the gradients; bytes are small beside them.

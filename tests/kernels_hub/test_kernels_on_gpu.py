@@ -190,6 +190,14 @@ def test_linear_map_of_few_tokens(check, tokens, out, width):
     check("small_batch_linear", [*args, False, (normal(tokens, out), normal(tokens, out))], grad=False)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 8, 17, 64])
+@pytest.mark.parametrize("rows, width", [((4096, 256, 256), 4096), ((512, 128, 128), 512), ((4096, 250), 4096)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_joint_linear_map_of_few_tokens(check, dtype, tokens, rows, width):
+    weights = tuple(normal(n, width, dtype=dtype, scale=0.02) for n in rows)
+    check("joint_linear", [normal(tokens, width, dtype=dtype), weights], grad=False)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens, vocab, chunk", [(70, 131072, None), (300, 131072, 128), (9, 61, 4), (33, 50257, 16)])

@@ -532,6 +532,19 @@ def test_linear_map_of_few_tokens(check, tokens, width, rows, with_bias, relu2, 
 @some
 @given(
     tokens=st.sampled_from([1, 3, 16, 64]),
+    width=st.sampled_from([1, 40, 513, 2048]),
+    rows=st.lists(st.sampled_from([1, 7, 32, 33, 70]), min_size=1, max_size=3),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_joint_linear_map(check, tokens, width, rows, dtype, seed):
+    x, *weights = normal(seed, (tokens, width), *((n, width) for n in rows), dtype=dtype)
+    check("joint_linear", [x, tuple(weights)], grad=False)
+
+
+@some
+@given(
+    tokens=st.sampled_from([1, 3, 16, 64]),
     hidden=st.sampled_from([1, 40, 513, 2048]),
     experts=st.sampled_from([7, 32, 70]),
     width=st.sampled_from([None, 1, 33, 300]),
@@ -714,6 +727,7 @@ def test_operator_registration(grad):
         torch.library.opcheck(ops.linear_cross_entropy.default, args)
     if not grad:
         torch.library.opcheck(ops.small_batch_linear.default, (leaf(3, 8), leaf(5, 8), None, True, [leaf(3, 5)]))
+        torch.library.opcheck(ops.joint_linear.default, (leaf(3, 8), [leaf(5, 8), leaf(2, 8)]))
         for narrowing in (leaf(6, 8), None):
             args = (leaf(3, 8), leaf(5, 8), torch.zeros(5, device=device), narrowing, 2, True, 2.0)
             torch.library.opcheck(ops.route_few_tokens.default, args)

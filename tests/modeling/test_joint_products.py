@@ -3,8 +3,11 @@
 import pytest
 import torch
 from nemotron_super import NVFP4Config, quantize_model
-from nemotron_super.modeling import latent_moe
+from nemotron_super.modeling import latent_moe, linear
+from nemotron_super.modeling.attention import NemotronHAttention
 from nemotron_super.modeling.latent_moe import NemotronHMoE
+from nemotron_super.modeling.linear import NemotronHLinear, products_of
+from nemotron_super.modeling.quantized_layers import CacheScaledLinear
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -99,3 +102,73 @@ def test_logits_that_are_asked_for(make_model, routed):
     out = model(ids, output_router_logits=True)
     assert len(out.router_logits) == 1 and len(routed) == 1
     torch.testing.assert_close(out.logits, expected)
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The numbers of weights that were multiplied by at once, call by call."""
+    calls, join = [], linear.joint_linear
+
+    def noted(x, weights):
+        calls.append(len(weights))
+        return join(x, weights)
+
+    monkeypatch.setattr(linear, "joint_linear", noted)
+    return calls
+
+
+def maps(kind=NemotronHLinear, **options):
+    torch.manual_seed(0)
+    return [NemotronHLinear(8, 6, bias=False), kind(8, 4, bias=False, **options), NemotronHLinear(8, 5, bias=False)]
+
+
+class Doubled(NemotronHLinear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def simulating():
+    modules = maps(CacheScaledLinear)
+    modules[1].add_cache_scale("k_scale")
+    modules[1].k_scale.fill_(0.1)
+    modules[1].simulate_activations = True
+    return modules
+
+
+def with_bias():
+    modules = maps()
+    modules[2] = NemotronHLinear(8, 5)
+    return modules
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [maps, lambda: maps(CacheScaledLinear)], ids=["plain", "with a cache's scale"])
+def test_maps_of_the_same_tokens(make, joined):
+    modules, x = make(), torch.randn(2, 3, 8)
+    found = products_of(modules, x)
+    assert joined == [3]
+    for module, out in zip(modules, found, strict=True):
+        assert torch.equal(out, module(x))
+    assert len(products_of(modules, torch.randn(65, 8))) == 3 and joined == [3]
+    with torch.enable_grad():
+        sum(out.sum() for out in products_of(modules, x)).backward()
+    assert joined == [3] and all(module.weight.grad.any() for module in modules)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [lambda: maps(Doubled), lambda: maps(nn.Linear), simulating, with_bias])
+def test_maps_that_do_more(make, joined):
+    modules, x = make(), torch.randn(3, 8)
+    for module, out in zip(modules, products_of(modules, x), strict=True):
+        assert torch.equal(out, module(x))
+    assert not joined
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", UNTOUCHED + TOUCHED)
+def test_queries_keys_and_values(make_model, joined, change):
+    model = make_model("*")
+    attention = next(m for m in model.modules() if isinstance(m, NemotronHAttention))
+    change(attention.k_proj)
+    model(torch.tensor([[3, 4, 5]]))
+    assert joined == ([3] if change in UNTOUCHED else [])

@@ -16,7 +16,7 @@ from .relu_squared import relu_squared
 from .replay import causal_conv1d_replay, selective_state_replay
 from .rms_norm import gated_rms_norm, rms_norm
 from .selective_state_update import selective_state_update
-from .small_batch_linear import small_batch_linear
+from .small_batch_linear import joint_linear, small_batch_linear
 from .ssd_chunk_scan import ssd_chunk_scan
 from .topk_routing import route_few_tokens, router_logits, topk_routing
 
@@ -29,6 +29,7 @@ __all__ = [
     "fp8_experts",
     "fp8_linear",
     "gated_rms_norm",
+    "joint_linear",
     "layers",
     "linear_cross_entropy",
     "moe_experts",

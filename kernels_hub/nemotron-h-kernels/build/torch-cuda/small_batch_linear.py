@@ -239,3 +239,27 @@ def small_batch_linear(
     terms = [t.reshape(-1, weight.shape[0]) for t in plus] if fits(plus, x) else []
     out = _linear(rows, weight, bias, relu2, terms).view(shape)
     return out if terms else finished(out, False, plus)
+
+
+@operator("joint_linear")
+def _joint(x: Tensor, weights: list[Tensor]) -> Tensor:
+    return few_rows(x, weights)
+
+
+@_joint.register_fake
+def _(x, weights):
+    return x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
+
+
+def joint_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """A few tokens times several weights, as one product. Has no gradient.
+
+    Args:
+        x: (..., in), up to 64 rows in all, bfloat16 or float32.
+        weights: up to three, (out, in) each, in the dtype of x.
+
+    Returns:
+        (..., sum of out) in the dtype of x, the products side by side.
+    """
+    out = _joint(x.reshape(-1, x.shape[-1]), list(weights))
+    return out.view(*x.shape[:-1], out.shape[-1])
