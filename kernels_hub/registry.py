@@ -35,6 +35,7 @@ from .reference.add_rms_norm import add_rms_norm as _add_rms_norm
 from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
 from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
 from .reference.decode_attention import decode_attention as _decode_attention
+from .reference.fill_slots import fill_slots as _fill_slots
 from .reference.linear import joint_linear as _joint_linear
 from .reference.linear import small_batch_linear as _small_batch_linear
 from .reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
@@ -341,6 +342,28 @@ def _decode_attention_limits(
     return _dtype_of("query", query) or _dense_tail("key", key, 1) or _dense_tail("value", value, 1) or holes
 
 
+def _fill_slots_limits(
+    keys: Tensor,
+    values: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    index: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> str | None:
+    if torch.is_grad_enabled() and (new_keys.requires_grad or new_values.requires_grad):
+        return "the kernel has no gradient: call it under `torch.no_grad()`"
+    fp8 = k_scale is not None
+    if fp8 != (v_scale is not None) or new_values.dtype != new_keys.dtype:
+        return "the kernel wants keys and values of one dtype, and scales for both or for none"
+    wanted = torch.float8_e4m3fn if fp8 else new_keys.dtype
+    if keys.dtype != wanted or values.dtype != wanted:
+        return f"`keys` and `values` are {keys.dtype} and {values.dtype}, the kernel would write {wanted}"
+    if fp8 and keys.is_cuda and _capability(keys.device.index) < (8, 9):
+        return "FP8 needs a GPU of compute capability 8.9"
+    return _dtype_of("new_keys", new_keys) or _dense_tail("keys", keys, 1) or _dense_tail("values", values, 1)
+
+
 def _cross_entropy_limits(
     hidden: Tensor,
     weight: Tensor,
@@ -426,6 +449,7 @@ fp8_experts = Op("fp8_experts", _fp8_experts, _packed_experts_limits)
 linear_cross_entropy = Op("linear_cross_entropy", _linear_cross_entropy, _cross_entropy_limits)
 relu_squared = Op("relu_squared", _relu_squared, _relu_squared_limits)
 small_batch_linear = Op("small_batch_linear", _small_batch_linear, _small_linear_limits)
+fill_slots = Op("fill_slots", _fill_slots, _fill_slots_limits)
 decode_attention = Op("decode_attention", _decode_attention, _decode_attention_limits)
 # Made of other ops: where these kernels do not serve, what serves those does.
 joint_linear = Op("joint_linear", functools.partial(_joint_linear, multiply=small_batch_linear), _joint_linear_limits)
@@ -460,6 +484,7 @@ OPS: dict[str, Op] = {
         relu_squared,
         small_batch_linear,
         joint_linear,
+        fill_slots,
         decode_attention,
         causal_conv1d_replay,
         selective_state_replay,
@@ -648,6 +673,10 @@ def _example(op: str, device: torch.device, dtype: torch.dtype) -> tuple:
         "relu_squared": (t(2, 16),),
         "small_batch_linear": (t(2, 16), t(8, 16)),
         "joint_linear": (t(2, 16), (t(8, 16), t(4, 16))),
+        "fill_slots": (
+            *(t(1, 2, 8, 16), t(1, 2, 8, 16), t(1, 2, 1, 16), t(1, 2, 1, 16)),
+            t(1, 1, dtype=torch.int64),
+        ),
         "decode_attention": (t(1, 4, 1, 16), t(1, 2, 8, 16), t(1, 2, 8, 16), t(1, 1, dtype=torch.int64), None, 0.25),
         "causal_conv1d_replay": (t(1, 16, 4), t(1, 3, 16), t(16, 4)),
         "selective_state_replay": (

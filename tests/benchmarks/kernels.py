@@ -186,6 +186,14 @@ def cases() -> list[tuple]:
         )
         moved, flops = 2 * b * 2 * slots * 128 * narrow.itemsize, 4 * b * 32 * slots * 128
         found.append(("decode_attention", f"{b} x {slots} {dtype}", build, r.decode_attention, moved, flops, 12, True))
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        build = lambda dtype=dtype: (  # noqa: E731
+            *(rand(1, 2, 8192, 128).to(dtype) for _ in range(2)),
+            *(rand(1, 2, 1, 128) for _ in range(2)),
+            torch.full((1, 1), 77, device="cuda"),
+            *(torch.ones((), device="cuda") for _ in range(2 * (dtype != torch.bfloat16))),
+        )
+        found.append(("fill_slots", f"1 {str(dtype)[6:]}", build, r.fill_slots, 4 * 256 * BF16, 0, 12, True))
     for n in (1, 4, 16, 64):
         for which, out, width in (
             ("in", 2 * HEADS * HEAD_DIM + 2 * GROUPS * STATE + HEADS, HIDDEN),

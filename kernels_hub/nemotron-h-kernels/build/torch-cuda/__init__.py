@@ -8,6 +8,7 @@ from . import layers
 from .add_rms_norm import add_rms_norm
 from .causal_conv1d import causal_conv1d, causal_conv1d_update
 from .decode_attention import decode_attention
+from .fill_slots import fill_slots
 from .linear_cross_entropy import linear_cross_entropy
 from .moe_experts import moe_experts
 from .quantized_experts import fp8_experts, nvfp4_experts
@@ -26,6 +27,7 @@ __all__ = [
     "causal_conv1d_replay",
     "causal_conv1d_update",
     "decode_attention",
+    "fill_slots",
     "fp8_experts",
     "fp8_linear",
     "gated_rms_norm",
