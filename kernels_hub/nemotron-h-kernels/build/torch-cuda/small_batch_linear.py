@@ -22,6 +22,8 @@ from ._parts import add_parts, parts_of
 
 MOST_TOKENS = 64
 _ROWS, _INNER = 32, 128  # of the weight: a program's tile
+# Where a row is this short, tiles of half the height make up for parts, and a launch is spared that would add them up.
+_SHORT, _SHORT_TOKENS = 1024, 16
 _PROGRAMS = 528  # four for each multiprocessor of an H100
 
 
@@ -35,9 +37,11 @@ class _Cut(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, weights: Sequence[Tensor]) -> _Cut:
-        inner, rows = x.shape[1], _ROWS
+        inner = x.shape[1]
+        short = inner <= _SHORT and x.shape[0] <= _SHORT_TOKENS
+        rows = _ROWS // 2 if short else _ROWS
         tiles = [triton.cdiv(w.shape[0], rows) for w in weights]
-        parts = max(1, min(8, _PROGRAMS // max(1, sum(tiles)), inner // (4 * _INNER)))
+        parts = 1 if short else max(1, min(8, _PROGRAMS // max(1, sum(tiles)), inner // (4 * _INNER)))
         length = triton.cdiv(triton.cdiv(inner, parts), _INNER) * _INNER
         return cls(rows, tiles, max(1, triton.cdiv(inner, length)), length)
 
@@ -96,7 +100,7 @@ def _stream_kernel(
     t_in, r_in = t < tokens, r < rows
     total = tl.zeros([T, R], tl.float32)
     end = tl.minimum(inner, (part + 1) * per_part)
-    early = tl.minimum(part * per_part + tl.arange(0, 8) * 64, inner - 1)
+    early = tl.minimum(part * per_part + tl.arange(0, 256 // R) * 64, inner - 1)
     prefetch(weight + tl.minimum(r, rows - 1)[:, None] * weight_stride + early[None, :], OVERLAP)
     previous_done(OVERLAP)
     for start in range(part * per_part, end, K):
