@@ -137,8 +137,10 @@ def cases() -> list[tuple]:
         found.append(("router_logits", f"{n}", build, r.router_logits, moved, flops, 3, False))
         build = lambda n=n: (rand(n, EXPERTS, dtype=torch.float32), torch.zeros(EXPERTS, device="cuda"), TOP_K)  # noqa: E731
         found.append(("topk_routing", f"{n}", build, r.topk_routing, n * (EXPERTS * F32 + TOP_K * 12), 0, 3, False))
+    bias = torch.zeros(EXPERTS, device="cuda")
     for n in (1, 8, 64):
-        build = lambda n=n: (rand(n, HIDDEN), rand(EXPERTS, HIDDEN), rand(EXPERTS).float(), rand(LATENT, HIDDEN), TOP_K)  # noqa: E731
+        rows = (n, EXPERTS, LATENT)
+        build = lambda rows=rows: (*(rand(r, HIDDEN) for r in rows[:2]), bias, rand(rows[2], HIDDEN), TOP_K)  # noqa: E731
         moved, flops = (EXPERTS + LATENT) * HIDDEN * BF16, 2 * n * HIDDEN * (EXPERTS + LATENT)
         found.append(("route_few_tokens", f"{n}", build, r.route_few_tokens, moved, flops, 12, True))
     up, down = rand(EXPERTS, INNER, LATENT), rand(EXPERTS, LATENT, INNER)

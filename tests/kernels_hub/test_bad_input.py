@@ -99,7 +99,12 @@ FAR_APART = [
     *(("decode_attention", attention_inputs, which, dim) for which in (0, 1, 2) for dim in (0, 1, 2)),
     ("small_batch_linear", lambda: (normal(3, 16), normal(8, 16)), 0, 0),
     ("small_batch_linear", lambda: (normal(16, 16), normal(3, 16)), 1, 0),
-    ("route_few_tokens", lambda: (normal(3, 16), normal(8, 16), torch.zeros(8, device=DEVICE), normal(5, 16), 2), 0, 0),
+    (
+        "route_few_tokens",
+        lambda: (normal(3, 16), normal(8, 16), torch.zeros(8, device=DEVICE), normal(5, 16), 2),
+        0,
+        0,
+    ),
     ("moe_experts", expert_inputs, 0, 0),
     ("relu_squared", lambda: (normal(3, 16),), 0, 0),
 ]

@@ -93,7 +93,11 @@ def test_router(check, tokens):
 @pytest.mark.parametrize("tokens", [1, 2, 8, 64])
 @pytest.mark.parametrize("hidden, width", [(4096, 1024), (4096, None), (512, 128)])
 def test_router_of_few_tokens(tokens, hidden, width):
-    x, weight, bias = normal(tokens, hidden), normal(512, hidden, scale=0.02), normal(512, dtype=torch.float32, scale=0.1)
+    x, weight, bias = (
+        normal(tokens, hidden),
+        normal(512, hidden, scale=0.02),
+        normal(512, dtype=torch.float32, scale=0.1),
+    )
     narrowing = None if width is None else normal(width, hidden, scale=0.02)
     with use_kernels("triton"), torch.no_grad():
         logits, weights, index, narrow = registry.route_few_tokens(x, weight, bias, narrowing, 22, True, 5.0)

@@ -81,7 +81,9 @@ def test_many_tokens_and_gradients_go_the_usual_way(moe, routed):
 def test_other_maps_narrow_alone(make_model, routed):
     """Quantised, with an adapter, and none at all."""
     tokens = torch.randn(3, 32)
-    adapted = get_peft_model(make_model("E", **SIZES), LoraConfig(target_modules=["fc1_latent_proj"], init_lora_weights=False))
+    adapted = get_peft_model(
+        make_model("E", **SIZES), LoraConfig(target_modules=["fc1_latent_proj"], init_lora_weights=False)
+    )
     for model in (
         quantize_model(make_model("E", **SIZES), NVFP4Config(recipe="fp8")),
         adapted,

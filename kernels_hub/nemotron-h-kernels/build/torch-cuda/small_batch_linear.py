@@ -207,9 +207,7 @@ def sums_of_few_rows(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """As `few_rows`, for a kernel that adds up itself: (parts, tokens, sum of out), float32."""
     x, weights = _dense(x), _alike(weights)
     cut = _Cut.of(x, weights)
-    sums = torch.empty(
-        cut.parts, x.shape[0], sum(w.shape[0] for w in weights), dtype=torch.float32, device=x.device
-    )
+    sums = torch.empty(cut.parts, x.shape[0], sum(w.shape[0] for w in weights), dtype=torch.float32, device=x.device)
     _stream(x, weights, sums, cut)
     return sums
 
