@@ -22,7 +22,7 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +35,8 @@ from .reference.add_rms_norm import add_rms_norm as _add_rms_norm
 from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
 from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
 from .reference.decode_attention import decode_attention as _decode_attention
+from .reference.fill_slots import fill_slots as _fill_slots
+from .reference.linear import joint_linear as _joint_linear
 from .reference.linear import small_batch_linear as _small_batch_linear
 from .reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from .reference.moe_experts import moe_experts as _moe_experts
@@ -50,6 +52,7 @@ from .reference.rms_norm import rms_norm as _rms_norm
 from .reference.selective_state_update import selective_state_update as _selective_state_update
 from .reference.ssd_chunk_scan import ssd_chunk_scan as _ssd_chunk_scan
 from .reference.stochastic_round import STOCHASTIC
+from .reference.topk_routing import route_few_tokens as _route_few_tokens
 from .reference.topk_routing import router_logits as _router_logits
 from .reference.topk_routing import topk_routing as _topk_routing
 
@@ -159,11 +162,30 @@ def _routing_limits(
     n_group: int = 1,
     topk_group: int = 1,
 ) -> str | None:
+    reason = _dtype_of("logits", logits, (torch.float32,)) or _dtype_of("bias", bias, (torch.float32,))
+    return _choice_limits(logits.shape[-1], n_group) or reason
+
+
+def _choice_limits(experts: int, n_group: int) -> str | None:
     if n_group > 1:
         return f"`n_group` is {n_group}, the kernel knows one group"
-    if logits.shape[-1] > 4096:
-        return f"{logits.shape[-1]} experts, the kernel serves up to 4096"
-    return _dtype_of("logits", logits, (torch.float32,)) or _dtype_of("bias", bias, (torch.float32,))
+    return f"{experts} experts, the kernel serves up to 4096" if experts > 4096 else None
+
+
+def _route_few_limits(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    narrowing: Tensor | None,
+    top_k: int,
+    normalise: bool = True,
+    scale: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+) -> str | None:
+    products = (_small_linear_limits(x, w) for w in (weight, narrowing) if w is not None)
+    reason = next(filter(None, products), None) or _dtype_of("bias", bias, (torch.float32,))
+    return _choice_limits(weight.shape[0], n_group) or reason
 
 
 def _experts_limits(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> str | None:
@@ -281,6 +303,12 @@ def _small_linear_limits(
     return _dtype_of("x", x)
 
 
+def _joint_linear_limits(x: Tensor, weights: Sequence[Tensor]) -> str | None:
+    if not 1 <= len(weights) <= 3:
+        return f"{len(weights)} weights, the kernel takes up to three"
+    return next(filter(None, (_small_linear_limits(x, weight) for weight in weights)), None)
+
+
 def _relu_squared_limits(x: Tensor) -> str | None:
     return _dtype_of("x", x)
 
@@ -316,6 +344,28 @@ def _decode_attention_limits(
         return f"`query` has {query.shape[0]} rows, a launch takes 65535"
     holes = None if there is None else _dense_tail("there", there, 1)
     return _dtype_of("query", query) or _dense_tail("key", key, 1) or _dense_tail("value", value, 1) or holes
+
+
+def _fill_slots_limits(
+    keys: Tensor,
+    values: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    index: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> str | None:
+    if torch.is_grad_enabled() and (new_keys.requires_grad or new_values.requires_grad):
+        return "the kernel has no gradient: call it under `torch.no_grad()`"
+    fp8 = k_scale is not None
+    if fp8 != (v_scale is not None) or new_values.dtype != new_keys.dtype:
+        return "the kernel wants keys and values of one dtype, and scales for both or for none"
+    wanted = torch.float8_e4m3fn if fp8 else new_keys.dtype
+    if keys.dtype != wanted or values.dtype != wanted:
+        return f"`keys` and `values` are {keys.dtype} and {values.dtype}, the kernel would write {wanted}"
+    if fp8 and keys.is_cuda and _capability(keys.device.index) < (8, 9):
+        return "FP8 needs a GPU of compute capability 8.9"
+    return _dtype_of("new_keys", new_keys) or _dense_tail("keys", keys, 1) or _dense_tail("values", values, 1)
 
 
 def _cross_entropy_limits(
@@ -403,13 +453,20 @@ fp8_experts = Op("fp8_experts", _fp8_experts, _packed_experts_limits)
 linear_cross_entropy = Op("linear_cross_entropy", _linear_cross_entropy, _cross_entropy_limits)
 relu_squared = Op("relu_squared", _relu_squared, _relu_squared_limits)
 small_batch_linear = Op("small_batch_linear", _small_batch_linear, _small_linear_limits)
+fill_slots = Op("fill_slots", _fill_slots, _fill_slots_limits)
 decode_attention = Op("decode_attention", _decode_attention, _decode_attention_limits)
 # Made of other ops: where these kernels do not serve, what serves those does.
+joint_linear = Op("joint_linear", functools.partial(_joint_linear, multiply=small_batch_linear), _joint_linear_limits)
 causal_conv1d_replay = Op(
     "causal_conv1d_replay", functools.partial(_causal_conv1d_replay, conv=causal_conv1d), _conv_replay_limits
 )
 selective_state_replay = Op(
     "selective_state_replay", functools.partial(_selective_state_replay, scan=ssd_chunk_scan), _state_replay_limits
+)
+route_few_tokens = Op(
+    "route_few_tokens",
+    functools.partial(_route_few_tokens, logits_of=router_logits, choose=topk_routing, multiply=small_batch_linear),
+    _route_few_limits,
 )
 add_rms_norm = Op("add_rms_norm", functools.partial(_add_rms_norm, norm=rms_norm), _add_norm_limits)
 
@@ -424,11 +481,14 @@ OPS: dict[str, Op] = {
         gated_rms_norm,
         router_logits,
         topk_routing,
+        route_few_tokens,
         moe_experts,
         *(nvfp4_linear, fp8_linear, nvfp4_experts, fp8_experts),
         linear_cross_entropy,
         relu_squared,
         small_batch_linear,
+        joint_linear,
+        fill_slots,
         decode_attention,
         causal_conv1d_replay,
         selective_state_replay,
@@ -599,6 +659,7 @@ def _example(op: str, device: torch.device, dtype: torch.dtype) -> tuple:
         "gated_rms_norm": (t(2, 16), t(2, 16), t(16), 1e-5, 8),
         "router_logits": (t(2, 16), t(8, 16)),
         "topk_routing": (t(2, 8, dtype=real), t(8, dtype=real), 2),
+        "route_few_tokens": (t(2, 16), t(8, 16), t(8, dtype=real), t(4, 16), 2),
         "moe_experts": (*routed, t(8, 32, 16), t(8, 16, 32)),
         "nvfp4_linear": (t(2, 16), t(8, 8, dtype=byte), t(8, 1, dtype=fp8), t(dtype=real)),
         "fp8_linear": (t(2, 16), t(8, 16, dtype=fp8), t(dtype=real)),
@@ -615,6 +676,11 @@ def _example(op: str, device: torch.device, dtype: torch.dtype) -> tuple:
         "linear_cross_entropy": (t(2, 16), t(32, 16), t(2, dtype=torch.int64)),
         "relu_squared": (t(2, 16),),
         "small_batch_linear": (t(2, 16), t(8, 16)),
+        "joint_linear": (t(2, 16), (t(8, 16), t(4, 16))),
+        "fill_slots": (
+            *(t(1, 2, 8, 16), t(1, 2, 8, 16), t(1, 2, 1, 16), t(1, 2, 1, 16)),
+            t(1, 1, dtype=torch.int64),
+        ),
         "decode_attention": (t(1, 4, 1, 16), t(1, 2, 8, 16), t(1, 2, 8, 16), t(1, 1, dtype=torch.int64), None, 0.25),
         "causal_conv1d_replay": (t(1, 16, 4), t(1, 3, 16), t(16, 4)),
         "selective_state_replay": (

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 from ..kernels_hub.registry import decode_attention
 from .fp8_cache import cache_scales
-from .linear import NemotronHLinear, product_of
+from .linear import NemotronHLinear, product_of, products_of
 from .packed_attention import attend_documents, takes_variable_lengths
 from .token_layout import TokenLayout
 
@@ -75,8 +75,8 @@ class NemotronHAttention(nn.Module):
         """`residual`: (batch, seq, hidden), added to the output."""
         batch, length, _ = hidden_states.shape
         query, key, value = (
-            projection(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projected.view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for projected in products_of((self.q_proj, self.k_proj, self.v_proj), hidden_states)
         )
         if cache is not None:
             cached = cache.update(key, value, self.layer_idx, **cache_scales(self.k_proj, self.v_proj))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.integrations import use_experts_implementation
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
-from ..kernels_hub.registry import moe_experts, router_logits, topk_routing
-from .linear import NemotronHLinear, product_of
+from ..kernels_hub.registry import moe_experts, route_few_tokens, router_logits, topk_routing
+from .linear import NemotronHLinear, alone, bare_weight_of, few_tokens, product_of
 from .mlp import NemotronHMLP, ReLUSquared
 from .side_stream import beside
 
@@ -40,16 +40,19 @@ class NemotronHTopkRouter(nn.Module):
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = router_logits(hidden_states, self.weight)
-        weights, index = topk_routing(
-            logits,
-            self.e_score_correction_bias,
-            self.top_k,
-            self.norm_topk_prob,
-            self.routed_scaling_factor,
-            self.n_group,
-            self.topk_group,
-        )
+        weights, index = topk_routing(logits, self.e_score_correction_bias, *self._choice)
         return logits, weights, index
+
+    def with_narrowing(self, hidden_states: Tensor, narrowing: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """As `forward` for a few tokens, together with x times a weight (width, hidden), or x itself, in the place of logits."""
+        args = hidden_states, self.weight, self.e_score_correction_bias, narrowing
+        _, weights, index, narrow = route_few_tokens(*args, *self._choice)
+        return narrow, weights, index
+
+    @property
+    def _choice(self) -> tuple:
+        scaling = self.norm_topk_prob, self.routed_scaling_factor
+        return self.top_k, *scaling, self.n_group, self.topk_group
 
     def _apply(self, fn, recurse: bool = True):
         # `model.bfloat16()` must not reach the bias: it moves by steps of 0.001, which vanish in lower precision.
@@ -108,6 +111,15 @@ class NemotronHMoE(nn.Module):
         residual = residual if residual is None else residual.reshape(tokens.shape)
         # Long work first: behind it, or beside it, the many short kernels of the router are launched in time.
         shared = beside(self.shared_experts, tokens)
-        _, weights, index = self.gate(tokens)
-        routed = self.experts(self.fc1_latent_proj(tokens), index, weights)
+        routed = self.experts(*self._route(tokens))
         return product_of(self.fc2_latent_proj, routed, plus=(shared(), residual)).view_as(hidden_states)
+
+    def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the experts take: narrow tokens (tokens, latent), chosen experts and their weights (tokens, top_k)."""
+        plain = alone(self.gate, "with_narrowing") and not torch.is_autocast_enabled(tokens.device.type)
+        if not plain or not few_tokens(tokens):
+            _, weights, index = self.gate(tokens)
+            return self.fc1_latent_proj(tokens), index, weights
+        weight = bare_weight_of(self.fc1_latent_proj)
+        narrow, weights, index = self.gate.with_narrowing(tokens, weight)
+        return narrow if weight is not None else self.fc1_latent_proj(tokens), index, weights

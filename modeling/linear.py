@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..kernels_hub.reference.linear import finished, linear
-from ..kernels_hub.registry import relu_squared, small_batch_linear
+from ..kernels_hub.registry import joint_linear, relu_squared, small_batch_linear
 
 _FEW_TOKENS = 64  # as many as the registry's op is made for
 
@@ -27,6 +29,25 @@ class NemotronHLinear(nn.Linear):
         """See `product_of`; for few tokens."""
         return small_batch_linear(x, self.weight, self.bias, relu2, plus)
 
+    def bare_weight(self) -> Tensor | None:
+        """The weight, if `forward` does nothing but multiply by it."""
+        return self.weight if self.bias is None else None
+
+
+def alone(module: nn.Module, name: str) -> bool:
+    """Whether the class of `module` itself defines `name`, and nothing else has a hand in what the module gives.
+
+    That is a subclass, a hook, another `forward`.
+    """
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return name in vars(type(module)) and "forward" not in vars(module) and not hooked
+
+
+def bare_weight_of(module: nn.Module) -> Tensor | None:
+    """The weight of a linear map that does nothing but multiply by it, for whoever multiplies by several at once."""
+    weight = module.bare_weight() if alone(module, "bare_weight") else None
+    return weight if type(weight) in (Tensor, nn.Parameter) else None
+
 
 def product_of(module: nn.Module, x: Tensor, relu2: bool = False, plus: tuple[Tensor | None, ...] = ()) -> Tensor:
     """`module(x)`, then relu(...)^2, or sums with tensors of its shape: with few tokens by the kernel of the product.
@@ -36,9 +57,16 @@ def product_of(module: nn.Module, x: Tensor, relu2: bool = False, plus: tuple[Te
         plus: added one after another, each sum rounded; what is None is left out.
     """
     terms = tuple(term for term in plus if term is not None)
-    # Not where anything else has a hand in the module's output: a subclass, a hook, another `forward`.
-    alone = "product" in vars(type(module)) and "forward" not in vars(module)
-    if alone and not module._forward_hooks and not module._forward_pre_hooks and few_tokens(x):
+    if alone(module, "product") and few_tokens(x):
         return module.product(x, relu2, terms)
     out = module(x)
     return finished(relu_squared(out) if relu2 else out, False, terms)
+
+
+def products_of(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """`module(x)` of each; of few tokens slices of one product, where all do nothing but multiply by weights of one dtype."""
+    if few_tokens(x):
+        weights = [weight for weight in map(bare_weight_of, modules) if weight is not None]
+        if len(weights) == len(modules) and len({weight.dtype for weight in weights}) == 1:
+            return list(joint_linear(x, weights).split([weight.shape[0] for weight in weights], -1))
+    return [module(x) for module in modules]

@@ -138,6 +138,9 @@ class CacheScaledLinear(_FeedsCache, NemotronHLinear):
     def forward(self, x: Tensor) -> Tensor:
         return self._as_cached(super().forward(x))
 
+    def bare_weight(self) -> Tensor | None:
+        return None if self.simulate_activations else super().bare_weight()
+
 
 class QuantizedLinear(_FeedsCache, nn.Linear):
     """`nn.Linear` with a frozen quantised weight. Input (..., in), output (..., out), both in the input's dtype.

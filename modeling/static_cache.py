@@ -24,6 +24,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
+from ..kernels_hub.registry import fill_slots
 from .cache import HybridCache, Mamba2CacheLayer
 from .cuda_graphs import CUDAGraphs
 from .fp8_cache import FP8, Fp8Format, refuse_gradients
@@ -97,6 +98,7 @@ class StaticAttentionLayer(CacheLayerMixin):
     is_croppable = True
     keys: Tensor
     values: Tensor
+    stored_dtype: torch.dtype | None = None  # if another than keys and values come in
 
     def __init__(self, slots: Slots):
         super().__init__()
@@ -106,7 +108,7 @@ class StaticAttentionLayer(CacheLayerMixin):
         self.device = key_states.device
         # Zeros: a slot that nothing has filled is multiplied by a weight of zero, which must not meet a NaN.
         self.keys, self.values = (
-            torch.zeros(*t.shape[:2], self.slots.size, t.shape[3], dtype=t.dtype, device=t.device)
+            torch.zeros(*t.shape[:2], self.slots.size, t.shape[3], dtype=self.stored_dtype or t.dtype, device=t.device)
             for t in (key_states, value_states)
         )
         self.is_initialized = True
@@ -122,15 +124,16 @@ class StaticAttentionLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         slots, index = self.slots, self.slots.index
         if index is not None:
-            for stored, new in ((self.keys, key_states), (self.values, value_states)):
-                if new.dtype == FP8:  # which not every device can scatter
-                    stored, new = stored.view(torch.uint8), new.view(torch.uint8)
-                stored.scatter_(2, index[:, None, :, None].expand_as(new), new)
+            fill_slots(self.keys, self.values, key_states, value_states, index, *self.scales)
             return slots.reach
         end = slots.seen + key_states.shape[2]
-        self.keys[:, :, slots.seen : end] = key_states
-        self.values[:, :, slots.seen : end] = value_states
+        packed = self._packed(key_states, value_states)
+        self.keys[:, :, slots.seen : end], self.values[:, :, slots.seen : end] = packed
         return end
+
+    def _packed(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """As they are stored."""
+        return key_states, value_states
 
     @property
     def scales(self) -> tuple[Tensor, ...]:
@@ -171,6 +174,8 @@ class StaticAttentionLayer(CacheLayerMixin):
 class StaticFp8Layer(StaticAttentionLayer):
     """The same in FP8. The scales are those of the first call behind `reset`, at addresses that stay too."""
 
+    stored_dtype = FP8
+
     def __init__(self, slots: Slots):
         super().__init__(slots)
         self.format: Fp8Format | None = None
@@ -204,9 +209,13 @@ class StaticFp8Layer(StaticAttentionLayer):
                 self.format.v_scale.copy_(wanted.v_scale)
             self._takes_scales = False
         assert self.format is not None
-        end = self._store(*self.format.pack(key_states, value_states))
+        end = self._store(key_states, value_states)
         stored = self.keys[:, :, :end], self.values[:, :, :end]
         return stored if self.slots.index is not None else self.format.unpack(*stored, key_states.dtype)
+
+    def _packed(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.format is not None
+        return self.format.pack(key_states, value_states)
 
     @property
     def scales(self) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ oneDNN, the other library inside torch, reads a weight two to three times as fas
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -110,3 +111,8 @@ def small_batch_linear(
         (..., out) in the dtype of x.
     """
     return finished(linear(x, weight, bias), relu2, plus)
+
+
+def joint_linear(x: Tensor, weights: Sequence[Tensor], multiply: Callable[..., Tensor] = linear) -> Tensor:
+    """The products of x (..., in) with several weights (out, in), side by side: (..., sum of out)."""
+    return torch.cat([multiply(x, weight) for weight in weights], -1)

@@ -5,6 +5,8 @@ logits = x W^T;  s = sigmoid(logits);  chosen = top-k of s + bias;  w = scale * 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,37 @@ def topk_routing(
     if normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return weights * scale, index
+
+
+def route_few_tokens(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    narrowing: Tensor | None,
+    top_k: int,
+    normalise: bool = True,
+    scale: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    logits_of: Callable[..., Tensor] = router_logits,
+    choose: Callable[..., tuple[Tensor, Tensor]] = topk_routing,
+    multiply: Callable[..., Tensor] = linear,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Router and narrowing of a few tokens.
+
+    Args:
+        x: (tokens, hidden).
+        weight: (experts, hidden), the router's.
+        bias, top_k, normalise, scale, n_group, topk_group: as in `topk_routing`.
+        narrowing: (width, hidden), what makes of tokens what their experts see; or None.
+
+    Returns:
+        Logits (tokens, experts) float32; weights and experts as `topk_routing` gives them for these; and x times the transpose of
+        `narrowing`, (tokens, width), or x itself.
+    """
+    logits = logits_of(x, weight)
+    weights, index = choose(logits, bias, top_k, normalise, scale, n_group, topk_group)
+    return logits, weights, index, x if narrowing is None else multiply(x, narrowing)
 
 
 def _keep_best_groups(choice: Tensor, n_group: int, topk_group: int) -> Tensor:

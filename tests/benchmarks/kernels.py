@@ -160,6 +160,12 @@ def cases(w: Widths) -> list[tuple]:
         found.append(
             ("topk_routing", f"{n}", build, r.topk_routing, n * (w.experts * F32 + w.top_k * 12), 0, 3, False)
         )
+    bias = torch.zeros(w.experts, device="cuda")
+    for n in (1, 8, 64):
+        rows = (n, w.experts, w.latent)
+        build = lambda rows=rows: (*(rand(r, w.hidden) for r in rows[:2]), bias, rand(rows[2], w.hidden), w.top_k)  # noqa: E731
+        moved, flops = (w.experts + w.latent) * w.hidden * BF16, 2 * n * w.hidden * (w.experts + w.latent)
+        found.append(("route_few_tokens", f"{n}", build, r.route_few_tokens, moved, flops, 12, True))
     up, down = rand(w.experts, w.inner, w.latent), rand(w.experts, w.latent, w.inner)
     for n in (1, 2, 4, 8, 16, 64, 2048, 8192):
         build = lambda n=n: (rand(n, w.latent), *routed(w, n), up, down)  # noqa: E731
@@ -205,6 +211,16 @@ def cases(w: Widths) -> list[tuple]:
         )
         moved, flops = 2 * b * w.keys * slots * w.head * narrow.itemsize, 4 * b * w.queries * slots * w.head
         found.append(("decode_attention", f"{b} x {slots} {dtype}", build, r.decode_attention, moved, flops, 12, True))
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        build = lambda dtype=dtype: (  # noqa: E731
+            *(rand(1, w.keys, 8192, w.head).to(dtype) for _ in range(2)),
+            *(rand(1, w.keys, 1, w.head) for _ in range(2)),
+            torch.full((1, 1), 77, device="cuda"),
+            *(torch.ones((), device="cuda") for _ in range(2 * (dtype != torch.bfloat16))),
+        )
+        found.append(
+            ("fill_slots", f"1 {str(dtype)[6:]}", build, r.fill_slots, 4 * w.keys * w.head * BF16, 0, 12, True)
+        )
     for n in (1, 4, 16, 64):
         for which, out, width in (
             ("in", w.projected, w.hidden),
@@ -215,6 +231,11 @@ def cases(w: Widths) -> list[tuple]:
             found.append(
                 ("small_batch_linear", f"{n}, {which}_proj", build, r.small_batch_linear, moved, flops, 6, True)
             )
+    widths = [heads * w.head for heads in (w.queries, w.keys, w.keys)]
+    for n in (1, 4, 16, 64):
+        build = lambda n=n: (rand(n, w.hidden), [rand(out, w.hidden) for out in widths])  # noqa: E731
+        moved, flops = (sum(widths) * w.hidden + n * (sum(widths) + w.hidden)) * BF16, 2 * n * sum(widths) * w.hidden
+        found.append(("joint_linear", f"{n}, q, k and v", build, r.joint_linear, moved, flops, 12, True))
     n = 4096
     build = lambda: (rand(n, w.hidden), rand(w.vocab, w.hidden), torch.randint(w.vocab, (n,), device="cuda"))  # noqa: E731
     # The logits and the two products of the gradients; bytes are small beside them.

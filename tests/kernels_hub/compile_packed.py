@@ -51,7 +51,7 @@ def main() -> None:
     for bits, capability in ((4, 90), (8, 90), (4, 80), (8, 80)):
         words, assembly = "*i64", bits == 4 or capability == 90
         types = {"x": "*i32", "which": words, "weight": words, "block_scale": "*u8", "scale": "*fp32"}
-        types |= {"rows": "i32", "word_pairs": "i32", "blocks_each": "i32"}
+        types |= {"rows": "i32", "word_pairs": "i32"}
         overlap = {"OVERLAP": capability == 90}
         constants = {
             "SHARED": 22,

@@ -17,12 +17,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _mend_interpreter():
-    """Gaps of Triton 3.6's interpreter: scalars under numpy 2.4, and bfloat16, which it truncates and multiplies as bits."""
+    """Gaps of Triton 3.6's interpreter: scalars under numpy 2.4, and narrow floats, which it truncates; it multiplies bfloat16 as bits."""
     from triton.runtime import interpreter
 
     tl, handle = interpreter.tl, interpreter.TensorHandle
     builder = interpreter.InterpreterBuilder
     patch_tensor, dot, cast = interpreter._patch_lang_tensor, builder.create_dot, builder.cast_impl
+    narrow = builder.create_fp_to_fp
 
     def patch_with_scalars(tensor, scope):
         patch_tensor(tensor, scope)
@@ -43,7 +44,15 @@ def _mend_interpreter():
         bits = values.bfloat16().view(torch.int16).numpy().view(np.uint16)
         return handle(bits.reshape(source.data.shape), tl.bfloat16)
 
+    def narrowed(self, source, dtype, *rest):
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.float8e4nv):
+            return narrow(self, source, dtype, *rest)
+        values = torch.from_numpy(np.ascontiguousarray(source.data))
+        stored = values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return handle(stored.reshape(source.data.shape), tl.float8e4nv)
+
     interpreter._patch_lang_tensor = patch_with_scalars
+    builder.create_fp_to_fp = narrowed
     builder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
     builder.cast_impl = rounded
 

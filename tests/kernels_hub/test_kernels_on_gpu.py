@@ -101,6 +101,26 @@ def test_router(check, tokens):
     torch.testing.assert_close(weights.sort(-1).values, expected.sort(-1).values, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 8, 64])
+@pytest.mark.parametrize("hidden, width", [(4096, 1024), (4096, None), (512, 128)])
+def test_router_of_few_tokens(tokens, hidden, width):
+    x, weight, bias = (
+        normal(tokens, hidden),
+        normal(512, hidden, scale=0.02),
+        normal(512, dtype=torch.float32, scale=0.1),
+    )
+    narrowing = None if width is None else normal(width, hidden, scale=0.02)
+    with use_kernels("triton"), torch.no_grad():
+        logits, weights, index, narrow = registry.route_few_tokens(x, weight, bias, narrowing, 22, True, 5.0)
+        expected, expected_index = registry.topk_routing(logits, bias, 22, True, 5.0)
+    assert torch.equal(weights, expected) and torch.equal(index, expected_index)
+    exact = x.double() @ weight.double().t()
+    assert (logits - exact).norm() <= 1e-5 * exact.norm()
+    if width is not None:
+        exact = x.double() @ narrowing.double().t()
+        assert (narrow - exact).norm() <= 2 * (exact.bfloat16() - exact).norm()
+
+
 def experts(tokens, count=512, top_k=22, width=1024, inner=2688, routing="any"):
     index = torch.rand(tokens, count, device="cuda").topk(top_k).indices
     if routing == "one":
@@ -183,6 +203,14 @@ def test_linear_map_of_few_tokens(check, tokens, out, width):
     check("small_batch_linear", args, grad=False)
     check("small_batch_linear", [*args, True], grad=False)
     check("small_batch_linear", [*args, False, (normal(tokens, out), normal(tokens, out))], grad=False)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 17, 64])
+@pytest.mark.parametrize("rows, width", [((4096, 256, 256), 4096), ((512, 128, 128), 512), ((4096, 250), 4096)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_joint_linear_map_of_few_tokens(check, dtype, tokens, rows, width):
+    weights = tuple(normal(n, width, dtype=dtype, scale=0.02) for n in rows)
+    check("joint_linear", [normal(tokens, width, dtype=dtype), weights], grad=False)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -55,6 +55,7 @@ def test_models_call_the_registry(make_model, monkeypatch):
         "selective_state_replay",
         "add_rms_norm",
         "decode_attention",
+        "fill_slots",
     }
     assert served == set(registry.OPS) - others
     served.clear()

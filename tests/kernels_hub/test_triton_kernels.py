@@ -529,6 +529,48 @@ def test_linear_map_of_few_tokens(check, tokens, width, rows, with_bias, relu2, 
     check("small_batch_linear", [x, weight, bias if with_bias else None, relu2, plus], grad=False)
 
 
+@some
+@given(
+    tokens=st.sampled_from([1, 3, 16, 64]),
+    width=st.sampled_from([1, 40, 513, 2048]),
+    rows=st.lists(st.sampled_from([1, 7, 32, 33, 70]), min_size=1, max_size=3),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_joint_linear_map(check, tokens, width, rows, dtype, seed):
+    x, *weights = normal(seed, (tokens, width), *((n, width) for n in rows), dtype=dtype)
+    check("joint_linear", [x, tuple(weights)], grad=False)
+
+
+@some
+@given(
+    tokens=st.sampled_from([1, 3, 16, 64]),
+    hidden=st.sampled_from([1, 40, 513, 2048]),
+    experts=st.sampled_from([7, 32, 70]),
+    width=st.sampled_from([None, 1, 33, 300]),
+    normalise=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_routing_of_few_tokens(tokens, hidden, experts, width, normalise, dtype, seed):
+    """Logits and narrow tokens as exact as their dtypes; the choice is that of the op which only chooses, bit for bit."""
+    x, weight, narrowing = normal(seed, (tokens, hidden), (experts, hidden), (width or 1, hidden), dtype=dtype)
+    (bias,) = normal(seed + 1, (experts,))
+    x, weight, narrowing, bias = (t.to(DEVICE) for t in (x, weight, narrowing, bias))
+    given_narrowing = None if width is None else narrowing
+    with torch.no_grad(), use_kernels("triton"):
+        logits, weights, index, narrow = registry.route_few_tokens(x, weight, bias, given_narrowing, 5, normalise, 2.5)
+        expected = registry.topk_routing(logits, bias, 5, normalise, 2.5)
+    assert torch.equal(weights, expected[0]) and torch.equal(index, expected[1])
+    exact = x.double() @ weight.double().t()
+    assert logits.dtype == torch.float32 and (logits - exact).norm() <= 1e-5 * exact.norm()
+    if width is None:
+        assert narrow is x
+    else:
+        exact = x.double() @ narrowing.double().t()
+        assert narrow.dtype == dtype and (narrow - exact).norm() <= (1e-5 + torch.finfo(dtype).eps) * exact.norm()
+
+
 @pytest.mark.parametrize("terms", [1, 2])
 @pytest.mark.parametrize("width", [40, 2048])
 def test_terms_are_added_as_in_kernels_of_their_own(width, terms):
@@ -698,6 +740,10 @@ def test_operator_registration(grad):
         torch.library.opcheck(ops.linear_cross_entropy.default, args)
     if not grad:
         torch.library.opcheck(ops.small_batch_linear.default, (leaf(3, 8), leaf(5, 8), None, True, [leaf(3, 5)]))
+        torch.library.opcheck(ops.joint_linear.default, (leaf(3, 8), [leaf(5, 8), leaf(2, 8)]))
+        for narrowing in (leaf(6, 8), None):
+            args = (leaf(3, 8), leaf(5, 8), torch.zeros(5, device=device), narrowing, 2, True, 2.0)
+            torch.library.opcheck(ops.route_few_tokens.default, args)
         state = torch.randn(1, 6, 4, device=device)
         kept, drafts = torch.tensor([1], device=device), torch.randn(1, 4, 8, device=device)
         torch.library.opcheck(

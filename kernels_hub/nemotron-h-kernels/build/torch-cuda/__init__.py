@@ -8,6 +8,7 @@ from . import layers
 from .add_rms_norm import add_rms_norm
 from .causal_conv1d import causal_conv1d, causal_conv1d_update
 from .decode_attention import decode_attention
+from .fill_slots import fill_slots
 from .linear_cross_entropy import linear_cross_entropy
 from .moe_experts import moe_experts
 from .quantized_experts import fp8_experts, nvfp4_experts
@@ -16,9 +17,9 @@ from .relu_squared import relu_squared
 from .replay import causal_conv1d_replay, selective_state_replay
 from .rms_norm import gated_rms_norm, rms_norm
 from .selective_state_update import selective_state_update
-from .small_batch_linear import small_batch_linear
+from .small_batch_linear import joint_linear, small_batch_linear
 from .ssd_chunk_scan import ssd_chunk_scan
-from .topk_routing import router_logits, topk_routing
+from .topk_routing import route_few_tokens, router_logits, topk_routing
 
 __all__ = [
     "add_rms_norm",
@@ -26,9 +27,11 @@ __all__ = [
     "causal_conv1d_replay",
     "causal_conv1d_update",
     "decode_attention",
+    "fill_slots",
     "fp8_experts",
     "fp8_linear",
     "gated_rms_norm",
+    "joint_linear",
     "layers",
     "linear_cross_entropy",
     "moe_experts",
@@ -36,6 +39,7 @@ __all__ = [
     "nvfp4_linear",
     "relu_squared",
     "rms_norm",
+    "route_few_tokens",
     "router_logits",
     "selective_state_replay",
     "selective_state_update",

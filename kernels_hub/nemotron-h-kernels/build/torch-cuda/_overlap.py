@@ -3,8 +3,9 @@
 Decoding is a chain of some hundred short kernels, each of which would wait for the last program of the one before, then for
 its own launch, then for its first bytes. A kernel launched with `**overlap(x)` does the last two meanwhile. It has two rules:
 
-- Before `previous_done` it touches nothing but weights: then all kernels before it have ended, and not earlier. A weight
-  must therefore not be what another of these kernels has written just before.
+- Before `previous_done` it reads nothing but weights: then all kernels before it have ended, and not earlier. A weight
+  must therefore not be what another of these kernels has written just before. It may `prefetch` whatever it will read, states
+  too: lines wait in the L2 cache, which every later write goes to, and are loaded from there afterwards.
 - Every program calls it, also one with nothing to do. A kernel whose programs left without would seem to have ended while
   its predecessor still runs.
 

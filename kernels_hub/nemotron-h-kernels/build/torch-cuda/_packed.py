@@ -28,9 +28,12 @@ from ._parts import add_parts, parts_of
 Packed = tuple[Tensor, Tensor | None, Tensor]
 
 _FILL = 528  # programs that keep every multiprocessor of the largest GPUs busy, at four each
-# What `stream` gives a program: rows of a block, words of a stretch; and how many programs one wave of them is. Measured on an
-# H100: rows of experts in stretches of 64 words, each thread with two words of four rows; long rows as they are.
-_LONG, _STACKED = (4, 256, 1056), (16, 64, _FILL)
+# What `stream` gives a program: rows of a block, words of a stretch. Measured on an H100: rows of experts in stretches of 64 words,
+# each thread with two words of four rows; long rows as they are.
+_LONG, _STACKED = (4, 256), (16, 64)
+# Programs of `_LONG` that lie on a multiprocessor at once: eight of 64 registers a thread. Codes of rows longer than a stretch
+# take 96. A program that finds no room begins when the others have ended, and all wait for it.
+_RESIDENT, _REGISTERS, _RESIDENT_CODES = 8, 64, 5
 FEW = 8  # vectors that one pass of `few` takes: the least a tensor core does
 
 
@@ -268,7 +271,6 @@ def _stream_kernel(
     second_term,
     rows,
     word_pairs,
-    blocks_each,
     SHARED: tl.constexpr,
     STACKED: tl.constexpr,
     BITS: tl.constexpr,
@@ -281,7 +283,7 @@ def _stream_kernel(
     W: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """out[vector] = weight[which[vector]] x[vector // SHARED], `blocks_each` blocks of R rows of it.
+    """out[vector] = weight[which[vector]] x[vector // SHARED], some blocks of R rows of it, of which each program has an equal share.
 
     `weight` is seen as 64-bit words, `x` as pairs of bfloat16. Of a row that W words hold, or of one of PARTS of it with a sum for
     each, the numbers of x are made ready once for all blocks; else (PARTS = 0) anew for each stretch of W words. KNOWN: what
@@ -310,8 +312,9 @@ def _stream_kernel(
         count = words
         out += vector * rows
     factor = tl.load(scale + matrix) * (16384.0 if BITS == 4 else 1.0)
-    first = tl.program_id(0) * blocks_each
-    blocks = tl.minimum(blocks_each, tl.cdiv(rows, R) - first)
+    all_blocks = tl.cdiv(rows, R)
+    first = tl.program_id(0) * all_blocks // tl.num_programs(0)
+    blocks = (tl.program_id(0) + 1) * all_blocks // tl.num_programs(0) - first
     r = first * R + tl.arange(0, R)
     at = (r.to(tl.int64) * words)[:, None] + w[None, :]
     inside = (r < rows)[:, None] & (w < count)[None, :]
@@ -596,8 +599,13 @@ def stream(
     codes, block_scale, scale = packed
     vectors = x.shape[0] * shared if which is None else which.numel()
     words = width * bits // 64
-    block_rows, step, wave = _LONG if which is None else _STACKED
+    block_rows, step = _LONG if which is None else _STACKED
     parts = triton.cdiv(words, step) if apart and bits == 4 else int(words <= step)
+    wave, registers = _FILL, None
+    if which is None:
+        slim = bits == 8 or parts == 1
+        wave = gpu(x.device)[0] * (_RESIDENT if slim else _RESIDENT_CODES)
+        registers = _REGISTERS if slim else None
     out = torch.empty(
         vectors, max(parts, 1), rows, dtype=torch.float32 if parts > 1 else x.dtype, device=x.device
     )  # fmt: skip
@@ -605,10 +613,9 @@ def stream(
         x = _aligned(x)
         blocks = triton.cdiv(rows, block_rows)
         # One wave of programs, if the vectors allow it.
-        at_once = wave // (vectors * max(parts, 1))
-        each = triton.cdiv(blocks, max(1, min(blocks, at_once)))
+        programs = max(1, min(blocks, wave // (vectors * max(parts, 1))))
         with on(x):
-            _stream_kernel[(triton.cdiv(blocks, each), vectors, max(parts, 1))](
+            _stream_kernel[(programs, vectors, max(parts, 1))](
                 x.view(torch.int32),
                 x if which is None else which,
                 codes.view(torch.int64),
@@ -618,7 +625,6 @@ def stream(
                 *two_terms(plus, out),
                 rows,
                 words // 2,
-                each,
                 shared,
                 which is not None,
                 bits,
@@ -630,6 +636,7 @@ def stream(
                 block_rows,
                 step,
                 num_warps=4,
+                maxnreg=registers,
                 **overlap(x),
             )
     return out if apart else out.view(vectors, rows)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._launch import on
 from ._operator import operator
-from ._overlap import next_may_begin, overlap, previous_done
+from ._overlap import next_may_begin, overlap, prefetch, previous_done
 
 _POSITIONS, _CHANNELS = 32, 128  # of a tile
 # A program of the backward: channels, warps, positions that loads run ahead.
@@ -237,8 +237,10 @@ def _update_kernel(
     if HAS_BIAS:
         shift = tl.load(bias + c, mask=inside_c, other=0.0).to(tl.float32)
     next_may_begin(OVERLAP)
+    state += batch * state_batch
+    prefetch(state + tl.minimum(c, channels - 1) * KERNEL, OVERLAP)
     previous_done(OVERLAP)
-    place = state + batch * state_batch + c[:, None] * KERNEL + k[None, :]
+    place = state + c[:, None] * KERNEL + k[None, :]
     new = tl.load(x + batch * x_stride + c, mask=inside_c, other=0.0)
     window = tl.load(place + 1, mask=inside_c[:, None] & (k < KERNEL - 1)[None, :], other=0.0)
     window = tl.where((k == KERNEL - 1)[None, :], new[:, None].to(window.dtype), window)

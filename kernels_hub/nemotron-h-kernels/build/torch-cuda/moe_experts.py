@@ -96,29 +96,31 @@ def _combine_kernel(
     PARTS: tl.constexpr,
     PLACED: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    K: tl.constexpr,
     W: tl.constexpr,
-    UNROLL: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """out[token] = sum over its pairs of weight * y[place[pair]], each in PARTS, in float32 and always in the same order."""
+    """out[token] = sum over its pairs of weight * y[place[pair]], each in PARTS, K at a time, in float32 and always in the same order."""
     next_may_begin(OVERLAP)
     previous_done(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * W + tl.arange(0, W)
-    inside = c < width
     total = tl.zeros([W], tl.float32)
-    for k in tl.range(0, TOP_K, loop_unroll_factor=UNROLL):
-        pair = token * TOP_K + k
+    for first in range(0, TOP_K, K):
+        k = first + tl.arange(0, K)
+        pair, there = token * TOP_K + k, k < TOP_K
+        inside = there[:, None] & (c < width)[None, :]
         row = pair
         if PLACED:
-            row = tl.load(place + pair)
-        value = tl.load(y + row * PARTS * width + c, mask=inside, other=0.0).to(tl.float32)
+            row = tl.load(place + pair, mask=there, other=0)
+        at = (row * PARTS * width)[:, None] + c[None, :]
+        value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         for part in tl.static_range(1, PARTS):
-            value += tl.load(y + (row * PARTS + part) * width + c, mask=inside, other=0.0).to(tl.float32)
+            value += tl.load(y + at + part * width, mask=inside, other=0.0).to(tl.float32)
         if WEIGHTED:
-            value = value * tl.load(weights + pair)
-        total += value
-    tl.store(out + token * width + c, total.to(out.dtype.element_ty), mask=inside)
+            value *= tl.load(weights + pair, mask=there, other=0.0)[:, None]
+        total += tl.sum(value, 0)
+    tl.store(out + token * width + c, total.to(out.dtype.element_ty), mask=c < width)
 
 
 @triton.jit
@@ -145,7 +147,7 @@ def _combine(y: Tensor, place: Tensor | None, weights: Tensor | None, tokens: in
     out = torch.empty(tokens, width, dtype=like.dtype, device=y.device)
     # Few tokens wait for memory: more programs, each with all its rows on their way at once.
     few = tokens <= 64
-    size = min(64 if few else 1024, triton.next_power_of_2(width))
+    size = min(32 if few else 1024, triton.next_power_of_2(width))
     if tokens:
         with on(y):
             _combine_kernel[(tokens, triton.cdiv(width, size))](
@@ -158,9 +160,9 @@ def _combine(y: Tensor, place: Tensor | None, weights: Tensor | None, tokens: in
                 y.shape[1] if y.dim() == 3 else 1,
                 place is not None,
                 weights is not None,
+                min(32, triton.next_power_of_2(top_k)) if few else 1,
                 size,
-                top_k if few else 1,
-                num_warps=max(1, size // 256),
+                num_warps=4,
                 **overlap(y),
             )
     return out

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from ._launch import block, on
 from ._operator import operator
-from ._overlap import next_may_begin, overlap, previous_done
-from .selective_state_update import ANY_STEP, decay_of, time_step
+from ._overlap import next_may_begin, overlap, prefetch, previous_done
+from .selective_state_update import ANY_STEP, decay_of, prefetch_state, time_step
 
 _ROWS = 16  # of the state a program advances, as for one token
 _TOKENS, _CHANNELS = 8, 128  # that a program convolves at once
+_AHEAD = tl.constexpr(
+    4
+)  # tokens whose inputs are on their way together: one after another, each would wait for its own
 
 
 @triton.jit
@@ -70,10 +73,18 @@ def _conv_kernel(
     OVERLAP: tl.constexpr,
 ):
     next_may_begin(OVERLAP)
-    previous_done(OVERLAP)
     batch = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * C + tl.arange(0, C)
     inside, convolved = c < width, c < channels
+    window = state + batch * state_batch
+    prefetch(window + tl.minimum(c, channels - 1) * KERNEL, OVERLAP)
+    shift = tl.zeros([C], tl.float32)
+    if HAS_BIAS:
+        shift += tl.load(bias + c, mask=convolved, other=0.0).to(tl.float32)
+    taps = ()
+    for k in tl.static_range(KERNEL):
+        taps += (tl.load(weight + c * KERNEL + k, mask=convolved, other=0.0).to(tl.float32),)
+    previous_done(OVERLAP)
     taken = _taken(kept, batch, settled, HAS_KEPT)
     tokens = settled + new
     x += batch * x_batch
@@ -81,30 +92,27 @@ def _conv_kernel(
     wide = tl.full((), 0, tl.int64)
     x_seq, drafts_seq = x_seq + wide, drafts_seq + wide
     out += batch * tokens * width
-    window = state + batch * state_batch
-    for first in range(0, tokens, T):
-        t = first + tl.arange(0, T)
-        there = (t < taken) | ((t >= settled) & (t < tokens))
-        needed = there[:, None] & inside[None, :]
-        place = t - tl.where(t < settled, 0, settled - taken)
-        total = tl.zeros([T, C], tl.float32)
-        newest = total
-        if HAS_BIAS:
-            total += tl.load(bias + c, mask=convolved, other=0.0).to(tl.float32)[None, :]
-        for k in tl.static_range(KERNEL):
-            tap = tl.load(weight + c * KERNEL + k, mask=convolved, other=0.0).to(tl.float32)
-            source = place - (KERNEL - 1) + k
-            newest = _inputs(window, drafts, drafts_seq, x, x_seq, c, source, needed, convolved, taken, KERNEL)
-            total += newest * tap[None, :]
-        y = tl.where(convolved[None, :], total * tl.sigmoid(total), newest)
-        written = (t < tokens)[:, None] & inside[None, :]
-        y = tl.where(needed, y, 0.0).to(out.dtype.element_ty)
-        tl.store(out + t[:, None] * width + c[None, :], y, mask=written)
     if HAS_DRAFTS:
         slot = tl.arange(0, TAPS)
         used = (slot < KERNEL)[:, None] & convolved[None, :]
         source = taken - KERNEL + slot
         moved = _inputs(window, drafts, drafts_seq, x, x_seq, c, source, used, convolved, taken, KERNEL)
+    for first in range(0, tokens, T):
+        t = first + tl.arange(0, T)
+        there = (t < taken) | ((t >= settled) & (t < tokens))
+        needed = there[:, None] & inside[None, :]
+        place = t - tl.where(t < settled, 0, settled - taken)
+        newest = tl.zeros([T, C], tl.float32)
+        total = newest + shift[None, :]
+        for k in tl.static_range(KERNEL):
+            before = place - (KERNEL - 1) + k
+            newest = _inputs(window, drafts, drafts_seq, x, x_seq, c, before, needed, convolved, taken, KERNEL)
+            total += newest * taps[k][None, :]
+        y = tl.where(convolved[None, :], total * tl.sigmoid(total), newest)
+        written = (t < tokens)[:, None] & inside[None, :]
+        y = tl.where(needed, y, 0.0).to(out.dtype.element_ty)
+        tl.store(out + t[:, None] * width + c[None, :], y, mask=written)
+    if HAS_DRAFTS:
         # Every thread has read old window and old drafts before any writes new ones.
         tl.debug_barrier()
         tl.store(window + c[None, :] * KERNEL + slot[:, None], moved.to(state.dtype.element_ty), mask=used)
@@ -116,12 +124,22 @@ def _conv_kernel(
 
 
 @triton.jit
-def _advance(h, x, dt, B, a, shift, p, n, p_in, n_in, shortest, longest, RAW: tl.constexpr):
-    """The state behind one token, and the token's x."""
-    x_p = tl.load(x + p, mask=p_in, other=0.0).to(tl.float32)
-    step = time_step(tl.load(dt), shift, shortest, longest, RAW)
-    B_n = tl.load(B + n, mask=n_in, other=0.0).to(tl.float32)
-    return h * tl.exp(step * a) + (step * x_p)[:, None] * B_n[None, :], x_p
+def _read(x, dt, B, x_seq, dt_seq, B_seq, first, end, shift, p, n, p_in, n_in, shortest, longest, RAW: tl.constexpr):
+    """x, time step and B of a few tokens from `first` on; from `end` on the step is zero, which leaves a state as it is."""
+    xs, steps, Bs = (), (), ()
+    for i in tl.static_range(_AHEAD):
+        t, there = first + i, first + i < end
+        xs += (tl.load(x + t * x_seq + p, mask=p_in & there, other=0.0).to(tl.float32),)
+        step = time_step(tl.load(dt + t * dt_seq, mask=there, other=0.0), shift, shortest, longest, RAW)
+        steps += (tl.where(there, step, 0.0),)
+        Bs += (tl.load(B + t * B_seq + n, mask=n_in & there, other=0.0).to(tl.float32),)
+    return xs, steps, Bs
+
+
+@triton.jit
+def _advanced(h, x_p, step, B_n, a):
+    """The state behind one token."""
+    return h * tl.exp(step * a) + (step * x_p)[:, None] * B_n[None, :]
 
 
 @triton.jit
@@ -170,10 +188,12 @@ def _state_kernel(
     n = tl.arange(0, BN)
     p_in, n_in = p < P, n < N
     both = p_in[:, None] & n_in[None, :]
-    place = state + batch * state_batch + head * state_head + p[:, None] * N + n[None, :]
+    state += batch * state_batch + head * state_head
+    place = state + p[:, None] * N + n[None, :]
     a, shift = decay_of(A, dt_bias, head, RAW)
     skip = tl.load(D + head).to(tl.float32)
     next_may_begin(OVERLAP)
+    prefetch_state(state, p, P, N, BN, OVERLAP)
     previous_done(OVERLAP)
     h = tl.load(place, mask=both, other=0.0).to(tl.float32)
     x += batch * x_batch + head * x_head
@@ -183,19 +203,28 @@ def _state_kernel(
     y += (batch * (tokens - settled) * heads + head) * P
     wide = tl.full((), 0, tl.int64)
     x_seq, dt_seq, B_seq, C_seq = x_seq + wide, dt_seq + wide, B_seq + wide, C_seq + wide
-    for t in range(0, _taken(kept, batch, settled, HAS_KEPT)):
-        h, _ = _advance(
-            h, x + t * x_seq, dt + t * dt_seq, B + t * B_seq, a, shift, p, n, p_in, n_in, shortest, longest, RAW
+    taken = _taken(kept, batch, settled, HAS_KEPT)
+    for first in range(0, taken, _AHEAD):
+        xs, steps, Bs = _read(
+            x, dt, B, x_seq, dt_seq, B_seq, first, taken, shift, p, n, p_in, n_in, shortest, longest, RAW
         )
+        for i in tl.static_range(_AHEAD):
+            h = _advanced(h, xs[i], steps[i], Bs[i], a)
     if settled > 0:
         tl.store(place, h.to(state.dtype.element_ty), mask=both)
-    for t in range(settled, tokens):
-        h, x_p = _advance(
-            h, x + t * x_seq, dt + t * dt_seq, B + t * B_seq, a, shift, p, n, p_in, n_in, shortest, longest, RAW
+    for first in range(settled, tokens, _AHEAD):
+        xs, steps, Bs = _read(
+            x, dt, B, x_seq, dt_seq, B_seq, first, tokens, shift, p, n, p_in, n_in, shortest, longest, RAW
         )
-        C_n = tl.load(C + t * C_seq + n, mask=n_in, other=0.0).to(tl.float32)
-        out = tl.sum(h * C_n[None, :], 1) + skip * x_p
-        tl.store(y + (t - settled) * heads * P + p, out.to(y.dtype.element_ty), mask=p_in)
+        Cs = ()
+        for i in tl.static_range(_AHEAD):
+            there = first + i < tokens
+            Cs += (tl.load(C + (first + i) * C_seq + n, mask=n_in & there, other=0.0).to(tl.float32),)
+        for i in tl.static_range(_AHEAD):
+            h = _advanced(h, xs[i], steps[i], Bs[i], a)
+            out = tl.sum(h * Cs[i][None, :], 1) + skip * xs[i]
+            to = y + (first + i - settled) * heads * P + p
+            tl.store(to, out.to(y.dtype.element_ty), mask=p_in & (first + i < tokens))
 
 
 def _dense(t: Tensor) -> Tensor:

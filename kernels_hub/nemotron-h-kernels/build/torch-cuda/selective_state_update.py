@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._launch import block, on
 from ._operator import operator
-from ._overlap import next_may_begin, overlap, previous_done
+from ._overlap import next_may_begin, overlap, prefetch, previous_done
 
 _ROWS = 16  # of the state a program advances: small enough for hundreds of programs at batch 1
 ANY_STEP = (0.0, float("inf"))
@@ -43,6 +43,14 @@ def time_step(dt, shift, shortest, longest, RAW: tl.constexpr):
         tail = tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
         step = tl.minimum(tl.maximum(tl.maximum(v, 0.0) + tail, shortest), longest)
     return step
+
+
+@triton.jit
+def prefetch_state(state, p, P: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr):
+    """Ask for the rows `p` of a head's state (P, N), which one step after another reads from memory."""
+    LINE: tl.constexpr = 1024 // state.dtype.element_ty.primitive_bitwidth
+    n = tl.minimum(tl.arange(0, BN // LINE if BN > LINE else 1) * LINE, N - 1)
+    prefetch(state + tl.minimum(p, P - 1)[:, None] * N + n[None, :], OVERLAP)
 
 
 @triton.jit
@@ -85,10 +93,12 @@ def _update_kernel(
     n = tl.arange(0, BN)
     p_in, n_in = p < P, n < N
     both = p_in[:, None] & n_in[None, :]
-    place = state + batch * state_batch + head * state_head + p[:, None] * N + n[None, :]
+    state += batch * state_batch + head * state_head
+    place = state + p[:, None] * N + n[None, :]
     a, shift = decay_of(A, dt_bias, head, RAW)
     skip = tl.load(D + head).to(tl.float32)
     next_may_begin(OVERLAP)
+    prefetch_state(state, p, P, N, BN, OVERLAP)
     previous_done(OVERLAP)
     old = tl.load(place, mask=both, other=0.0).to(tl.float32)
     x_p = tl.load(x + batch * x_batch + head * x_head + p, mask=p_in, other=0.0).to(tl.float32)

@@ -7,6 +7,7 @@ dimension is split too: each part leaves its sums in float32, and a second kerne
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,23 +22,49 @@ from ._parts import add_parts, parts_of
 
 MOST_TOKENS = 64
 _ROWS, _INNER = 32, 128  # of the weight: a program's tile
+# Where a row is this short, tiles of half the height make up for parts, and a launch is spared that would add them up.
+_SHORT, _SHORT_TOKENS = 1024, 16
 _PROGRAMS = 528  # four for each multiprocessor of an H100
+
+
+class _Cut(NamedTuple):
+    """How products of the same x are shared out among programs."""
+
+    rows: int  # of a weight, that a program multiplies
+    tiles: list[int]  # of each weight
+    parts: int  # of the inner dimension
+    length: int  # of a part
+
+    @classmethod
+    def of(cls, x: Tensor, weights: Sequence[Tensor]) -> _Cut:
+        inner = x.shape[1]
+        short = inner <= _SHORT and x.shape[0] <= _SHORT_TOKENS
+        rows = _ROWS // 2 if short else _ROWS
+        tiles = [triton.cdiv(w.shape[0], rows) for w in weights]
+        parts = 1 if short else max(1, min(8, _PROGRAMS // max(1, sum(tiles)), inner // (4 * _INNER)))
+        length = triton.cdiv(triton.cdiv(inner, parts), _INNER) * _INNER
+        return cls(rows, tiles, max(1, triton.cdiv(inner, length)), length)
 
 
 @triton.jit
 def _stream_kernel(
     x,
     weight,
+    second_weight,
+    third_weight,
     bias,
     out,
     first,
     second,
     tokens,
     rows,
+    second_rows,
+    third_rows,
     inner,
     per_part,
     x_stride,
     weight_stride,
+    WEIGHTS: tl.constexpr,
     T: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
@@ -47,14 +74,33 @@ def _stream_kernel(
     TERMS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    part = tl.program_id(1)
+    """The outputs of WEIGHTS weights lie side by side; each has tiles of its own."""
+    part, tile = tl.program_id(1), tl.program_id(0)
+    width = rows + second_rows + third_rows
+    column = 0
+    if WEIGHTS > 1:
+        own = tl.cdiv(rows, R)
+        later = tile >= own
+        if later:
+            weight = second_weight
+        tile -= tl.where(later, own, 0)
+        column += tl.where(later, rows, 0)
+        rows = tl.where(later, second_rows, rows)
+    if WEIGHTS > 2:
+        own = tl.cdiv(second_rows, R)
+        last = later & (tile >= own)
+        if last:
+            weight = third_weight
+        tile -= tl.where(last, own, 0)
+        column += tl.where(last, second_rows, 0)
+        rows = tl.where(last, third_rows, rows)
     t = tl.arange(0, T).to(tl.int64)
-    r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    r = tile.to(tl.int64) * R + tl.arange(0, R)
     k = tl.arange(0, K)
     t_in, r_in = t < tokens, r < rows
     total = tl.zeros([T, R], tl.float32)
     end = tl.minimum(inner, (part + 1) * per_part)
-    early = tl.minimum(part * per_part + tl.arange(0, 8) * 64, inner - 1)
+    early = tl.minimum(part * per_part + tl.arange(0, 256 // R) * 64, inner - 1)
     prefetch(weight + tl.minimum(r, rows - 1)[:, None] * weight_stride + early[None, :], OVERLAP)
     previous_done(OVERLAP)
     for start in range(part * per_part, end, K):
@@ -74,50 +120,54 @@ def _stream_kernel(
     next_may_begin(OVERLAP)
     if HAS_BIAS:
         total += tl.load(bias + r, mask=r_in, other=0.0).to(tl.float32)[None, :]
-    at = t[:, None] * rows + r[None, :]
+    at = t[:, None] * width + (column + r)[None, :]
     inside = t_in[:, None] & r_in[None, :]
     total = finish(total, first, second, at, inside, RELU2, TERMS)
-    tl.store(out + part.to(tl.int64) * tokens * rows + at, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + part.to(tl.int64) * tokens * width + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def few_rows(
+def _dense(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _alike(weights: Sequence[Tensor]) -> list[Tensor]:
+    """With dense rows, and several of them with rows as far apart."""
+    return [_dense(w) if len(weights) == 1 else w.contiguous() for w in weights]
+
+
+def _stream(
     x: Tensor,
-    weight: Tensor,
+    weights: Sequence[Tensor],
+    target: Tensor,
+    cut: _Cut,
     bias: Tensor | None = None,
     relu2: bool = False,
     plus: Sequence[Tensor] = (),
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """(tokens, in) -> (tokens, out) in `dtype`, that of x if none is given; terms as `_epilogue.fits` them."""
-    tokens, inner = x.shape
-    rows = weight.shape[0]
-    out = torch.empty(tokens, rows, dtype=dtype or x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    x, weight = (v if v.stride(-1) == 1 else v.contiguous() for v in (x, weight))
-    along = triton.cdiv(rows, _ROWS)
-    parts = max(1, min(8, _PROGRAMS // along, inner // (4 * _INNER)))
-    per_part = triton.cdiv(triton.cdiv(inner, parts), _INNER) * _INNER
-    parts = triton.cdiv(inner, per_part)
-    first, second = two_terms(plus, out)
-    whole = parts == 1
-    target = parts_of(out, parts)
+) -> None:
+    """x times each weight, side by side, into `target`: a part's sums each, or what follows them too if there is one part alone."""
+    whole = cut.parts == 1
+    weight, second, third, *_ = (*weights, weights[0], weights[0])
+    count = len(weights)
     with on(x):
-        _stream_kernel[(along, parts)](
+        _stream_kernel[(sum(cut.tiles), cut.parts)](
             x,
             weight,
+            second,
+            third,
             weight if bias is None else bias,
             target,
-            first,
-            second,
-            tokens,
-            rows,
-            inner,
-            per_part,
+            *two_terms(plus, target),
+            x.shape[0],
+            weight.shape[0],
+            second.shape[0] if count > 1 else 0,
+            third.shape[0] if count > 2 else 0,
+            x.shape[1],
+            cut.length,
             x.stride(0),
             weight.stride(0),
-            max(16, triton.next_power_of_2(tokens)),
-            _ROWS,
+            count,
+            max(16, triton.next_power_of_2(x.shape[0])),
+            cut.rows,
             _INNER,
             bias is not None and whole,
             x.dtype == torch.float32,
@@ -127,13 +177,44 @@ def few_rows(
             num_stages=4,
             **overlap(x),
         )
+
+
+def few_rows(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Tensor | None = None,
+    relu2: bool = False,
+    plus: Sequence[Tensor] = (),
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """(tokens, in) times up to three weights (out, in) -> (tokens, sum of out), in `dtype`, that of x if none is given.
+
+    What follows a product is for a single weight; terms as `_epilogue.fits` them.
+    """
+    out = torch.empty(x.shape[0], sum(w.shape[0] for w in weights), dtype=dtype or x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    x, weights = _dense(x), _alike(weights)
+    cut = _Cut.of(x, weights)
+    target = parts_of(out, cut.parts)
+    _stream(x, weights, target, cut, bias, relu2, plus)
+    with on(x):
         add_parts(target, out, bias, relu2, plus)
     return out
 
 
+def sums_of_few_rows(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """As `few_rows`, for a kernel that adds up itself: (parts, tokens, sum of out), float32."""
+    x, weights = _dense(x), _alike(weights)
+    cut = _Cut.of(x, weights)
+    sums = torch.empty(cut.parts, x.shape[0], sum(w.shape[0] for w in weights), dtype=torch.float32, device=x.device)
+    _stream(x, weights, sums, cut)
+    return sums
+
+
 @operator("small_batch_linear")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, relu2: bool, plus: list[Tensor]) -> Tensor:
-    return few_rows(x, weight, bias, relu2, plus)
+    return few_rows(x, [weight], bias, relu2, plus)
 
 
 @_linear.register_fake
@@ -160,3 +241,27 @@ def small_batch_linear(
     terms = [t.reshape(-1, weight.shape[0]) for t in plus] if fits(plus, x) else []
     out = _linear(rows, weight, bias, relu2, terms).view(shape)
     return out if terms else finished(out, False, plus)
+
+
+@operator("joint_linear")
+def _joint(x: Tensor, weights: list[Tensor]) -> Tensor:
+    return few_rows(x, weights)
+
+
+@_joint.register_fake
+def _(x, weights):
+    return x.new_empty(x.shape[0], sum(w.shape[0] for w in weights))
+
+
+def joint_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """A few tokens times several weights, as one product. Has no gradient.
+
+    Args:
+        x: (..., in), up to 64 rows in all, bfloat16 or float32.
+        weights: up to three, (out, in) each, in the dtype of x.
+
+    Returns:
+        (..., sum of out) in the dtype of x, the products side by side.
+    """
+    out = _joint(x.reshape(-1, x.shape[-1]), list(weights))
+    return out.view(*x.shape[:-1], out.shape[-1])
