@@ -182,6 +182,12 @@ def cases() -> list[tuple]:
         )
         moved, flops = 2 * b * 2 * slots * 128 * narrow.itemsize, 4 * b * 32 * slots * 128
         found.append(("decode_attention", f"{b} x {slots} {dtype}", build, r.decode_attention, moved, flops, 12, True))
+    for n in (1, 4, 8):  # tokens of one sequence, and with them the drafts of a round
+        build = lambda n=n: (rand(1, n, VOCAB), torch.zeros(1, n, dtype=torch.int64, device="cuda"))  # noqa: E731
+        found.append(("likeliest", f"{n}", build, r.likeliest, n * VOCAB * BF16, 0, 24, True))
+        shapes = (1, n), (1, n), 16, 1, 1, 1, (1, 8), 1
+        build = lambda shapes=shapes: [torch.zeros(s, dtype=torch.int64, device="cuda") for s in shapes]  # noqa: E731
+        found.append(("keep_drafts", f"{n}", build, r.keep_drafts, 0, 0, 24, True))
     for n in (1, 4, 16, 64):
         for which, out, width in (
             ("in", 2 * HEADS * HEAD_DIM + 2 * GROUPS * STATE + HEADS, HIDDEN),
