@@ -37,6 +37,8 @@ from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_upda
 from .reference.decode_attention import decode_attention as _decode_attention
 from .reference.fill_slots import fill_slots as _fill_slots
 from .reference.linear import joint_linear as _joint_linear
+from .reference.keep_drafts import keep_drafts as _keep_drafts
+from .reference.likeliest import likeliest as _likeliest
 from .reference.linear import small_batch_linear as _small_batch_linear
 from .reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from .reference.moe_experts import moe_experts as _moe_experts
@@ -368,6 +370,31 @@ def _fill_slots_limits(
     return _dtype_of("new_keys", new_keys) or _dense_tail("keys", keys, 1) or _dense_tail("values", values, 1)
 
 
+def _likeliest_limits(logits: Tensor, out: Tensor) -> str | None:
+    if out.dim() > 2:
+        return f"`out` has {out.dim()} dimensions, the kernel serves up to 2"
+    if logits.numel() // max(1, logits.shape[-1]) > 2**31 - 1 or logits.shape[-1] > 2**27:
+        return f"`logits` is {tuple(logits.shape)}, a launch takes 2^31 - 1 rows of 2^27 classes"
+    return _dtype_of("logits", logits)
+
+
+def _keep_drafts_limits(
+    tokens: Tensor,
+    own: Tensor,
+    stops: Tensor,
+    room: Tensor,
+    kept: Tensor,
+    newest: Tensor,
+    positions: Tensor,
+    *rest: Any,
+) -> str | None:
+    if own.shape[1] > 64 or stops.shape[0] > 1024:
+        return f"{own.shape[1]} tokens and {stops.shape[0]} stops, the kernel serves up to 64 and 1024"
+    named = {"tokens": tokens, "own": own, "stops": stops, "room": room, "kept": kept, "newest": newest}
+    gaps = (_dense_tail(name, tensor, 1) for name, tensor in {**named, "positions": positions}.items())
+    return next(filter(None, gaps), None)
+
+
 def _cross_entropy_limits(
     hidden: Tensor,
     weight: Tensor,
@@ -455,6 +482,8 @@ relu_squared = Op("relu_squared", _relu_squared, _relu_squared_limits)
 small_batch_linear = Op("small_batch_linear", _small_batch_linear, _small_linear_limits)
 fill_slots = Op("fill_slots", _fill_slots, _fill_slots_limits)
 decode_attention = Op("decode_attention", _decode_attention, _decode_attention_limits)
+likeliest = Op("likeliest", _likeliest, _likeliest_limits)
+keep_drafts = Op("keep_drafts", _keep_drafts, _keep_drafts_limits)
 # Made of other ops: where these kernels do not serve, what serves those does.
 joint_linear = Op("joint_linear", functools.partial(_joint_linear, multiply=small_batch_linear), _joint_linear_limits)
 causal_conv1d_replay = Op(
@@ -490,6 +519,8 @@ OPS: dict[str, Op] = {
         joint_linear,
         fill_slots,
         decode_attention,
+        likeliest,
+        keep_drafts,
         causal_conv1d_replay,
         selective_state_replay,
         add_rms_norm,
@@ -682,6 +713,8 @@ def _example(op: str, device: torch.device, dtype: torch.dtype) -> tuple:
             t(1, 1, dtype=torch.int64),
         ),
         "decode_attention": (t(1, 4, 1, 16), t(1, 2, 8, 16), t(1, 2, 8, 16), t(1, 1, dtype=torch.int64), None, 0.25),
+        "likeliest": (t(2, 16), t(2, dtype=torch.int64)),
+        "keep_drafts": (index, index, *(t(2, dtype=torch.int64) for _ in range(4)), index, t(2, dtype=torch.int64)),
         "causal_conv1d_replay": (t(1, 16, 4), t(1, 3, 16), t(16, 4)),
         "selective_state_replay": (
             *(t(1, 2, 64, 128, dtype=real), t(1, 3, 2, 64), t(1, 3, 2, dtype=real), t(2)),

@@ -2,17 +2,19 @@
 
 Plain decoding (`sample_captured`) takes transformers' own loop apart: prompt, logits processors, sampling and stopping rules
 are transformers', only the forward of a token is ours. The next step is launched before the host looks at whether this one
-was the last, so that the device has work while the host runs processors and rules.
+was the last, so that the device has work while the host runs processors and rules. Where nothing but the likeliest token is
+wanted, the step chooses it too, and nothing lies between two steps.
 
 Decoding with MTP (`CapturedReader`) answers the calls of `drafting.GrowingReader` with three kinds of steps: the head on what
 was settled, the head on a draft, and the backbone on a token and its drafts; or all of a round as one, where it always drafts as
-many tokens and the likeliest. Taking drafts back is a smaller position for attention, and for Mamba-2 a replay of the kept inputs
-at the beginning of the next step.
+many tokens and the likeliest: then the device decides what is kept and where each row ends, and the host reads along. Taking
+drafts back is a smaller position for attention, and for Mamba-2 a replay of the kept inputs at the beginning of the next step.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,9 +23,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
-from .drafting import MOST_DEPTHS, GrowingReader, tokens_behind
-from .speculative import accept_greedy
-from .static_cache import ReadAhead, StaticHybridCache, StaticMamba2Layer, StaticMTPCache, round_up
+from ..kernels_hub.registry import keep_drafts, likeliest
+from .drafting import GrowingReader, tokens_behind
+from .static_cache import LONGEST_STEP, ReadAhead, StaticHybridCache, StaticMamba2Layer, StaticMTPCache, round_up
 from .stopping_rules import UsualRules
 
 logger = logging.get_logger(__name__)
@@ -70,7 +72,7 @@ def check_room_for(cache: StaticHybridCache, prompt: int, new: int, spare: int =
     """
     # The last token written is never read.
     if prompt + new - 1 + spare > cache.max_cache_len:
-        behind = f" and {spare} drafts" if spare else ""
+        behind = f" and a last step of {spare}" if spare else ""
         raise ValueError(
             f"A prompt of {prompt} tokens with {new} new ones{behind} does not fit into a `cache` of fixed size "
             f"{cache.max_cache_len}: give one with `max_cache_len={prompt + new - 1 + spare}`, ask for fewer tokens, or leave "
@@ -87,6 +89,8 @@ def _bind(model, cache: StaticHybridCache) -> None:
 class DecodeStep:
     """One token for every row: `step(tokens)` gives the logits of the next, (batch, vocab) float32, in a buffer of its own.
 
+    `follow` goes on by itself, from the tokens (batch, 1) in the buffer `tokens`, which it replaces by the likeliest ones behind.
+
     Args:
         cache: holds the prompt.
         attention_mask: (batch, seq) of the prompt with 0 for padding, or None.
@@ -101,21 +105,28 @@ class DecodeStep:
         _bind(model, cache)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        slots = self.cache.slots
         self.tokens.copy_(tokens.unsqueeze(1))
-        reach = slots.reach_for(slots.seen + 1)
-        self.cache.graphs.run(("token", reach), lambda: self.compute(reach))
-        slots.seen += 1
+        self._run("token", lambda logits: self.logits.copy_(logits[:, 0]))
         return self.logits
 
-    def compute(self, reach: int) -> None:
-        """What is recorded: from `tokens` to `logits`, without the host."""
+    def follow(self) -> None:
+        """Read the tokens in the buffer, and put the likeliest behind them in their place."""
+        self._run("likeliest", lambda logits: likeliest(logits, self.tokens))
+
+    def _run(self, name: str, leave: Callable[[Tensor], object]) -> None:
+        slots = self.cache.slots
+        reach = slots.reach_for(slots.seen + 1)
+        self.cache.graphs.run((name, reach), lambda: self.compute(reach, leave))
+        slots.seen += 1
+
+    def compute(self, reach: int, leave: Callable[[Tensor], object]) -> None:
+        """What is recorded, without the host: from `tokens` to logits (batch, 1, vocab), which are left to `leave`."""
         slots, model = self.cache.slots, self.model
         with slots.fixed(1, reach) as layout:
             hidden = _backbone(model, self.cache, self.tokens, layout)
         assert slots.positions is not None
         slots.positions.add_(1)
-        self.logits.copy_(model.get_output_embeddings()(hidden)[:, 0])
+        leave(model.get_output_embeddings()(hidden))
 
 
 def _backbone(model, cache: StaticHybridCache, tokens: Tensor, layout) -> Tensor:
@@ -127,7 +138,8 @@ class HostCopy:
     """Values on their way from the device; the host waits for them alone, not for what was launched after them."""
 
     def __init__(self, *values: Tensor):
-        self._copies = [value.to("cpu", non_blocking=True) for value in values]
+        # On a CPU too a copy: the next step may write over the values.
+        self._copies = [value.to("cpu", non_blocking=True, copy=True) for value in values]
         self._there = None
         if values and values[0].is_cuda:
             self._there = torch.cuda.Event()
@@ -166,56 +178,68 @@ def sample_captured(
     del outputs
     step = DecodeStep(model, cache, batch, model_kwargs.get("attention_mask"))
 
-    ids = input_ids.new_empty(batch, config.max_length)
-    ids[:, :length] = input_ids
     unfinished = input_ids.new_ones(batch)
     # Who goes on with the cache, or looks at scores, finds behind the end of a row what transformers leaves there.
     seen = returned or keep_scores or keep_logits
     rules = None if seen else UsualRules.of(stopping_criteria)
     ends: list[int | None] = [None] * batch  # of rows that the rules have ended
+    # Where nothing but the length and the newest token is asked for, the device need not know the text.
+    follows = rules is not None and not (config.do_sample or logits_processor)
+    ids = input_ids.new_empty(batch, 0 if follows else config.max_length)
+    ids[:, :length] = input_ids[:, : ids.shape[1]]
+    written: list[Tensor] = []  # (batch,) each, on the host
+
+    def go_on() -> Tensor | None:
+        """Logits behind the newest tokens; None where the step itself chooses the next."""
+        if follows:
+            step.follow()
+            return None
+        return step(tokens).to(input_ids.device)
+
     while True:
-        scores = logits_processor(ids[:, :length], logits)
-        if all_scores is not None:
-            all_scores += (scores.clone(),)
-        if all_logits is not None:
-            all_logits += (logits.clone(),)
-        if config.do_sample:
-            tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-        else:
-            tokens = scores.argmax(-1)
-        if pads and rules is None:
-            tokens = tokens * unfinished + pad.to(tokens.device) * (1 - unfinished)
-        ids[:, length] = tokens
+        if logits is not None:
+            scores = logits_processor(ids[:, :length], logits)
+            if all_scores is not None:
+                all_scores += (scores.clone(),)
+            if all_logits is not None:
+                all_logits += (logits.clone(),)
+            if config.do_sample:
+                tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+            else:
+                tokens = scores.argmax(-1)
+            if pads and rules is None:
+                tokens = tokens * unfinished + pad.to(tokens.device) * (1 - unfinished)
+            if follows:
+                tokens = step.tokens.copy_(tokens.unsqueeze(1)).squeeze(1)  # from here on they are the step's own
+            else:
+                ids[:, length] = tokens
         length += 1
         if rules is None:
             unfinished = unfinished & ~stopping_criteria(ids[:, :length], all_scores)
-            news = HostCopy(unfinished.max(), *(() if streamer is None else (tokens,)))
-        elif rules.stops or streamer is not None:
-            news = HostCopy(tokens)
+            news = HostCopy(tokens, unfinished.max())
         else:
-            news = HostCopy()
+            news = HostCopy(tokens)
         full = length >= config.max_length
         # A step too many costs less than waiting, but a cache that somebody goes on with must not have seen it.
         early = not full and not returned
         if early:
-            logits = step(tokens).to(input_ids.device)
+            logits = go_on()
+        told, *still_open = news.wait()
         if rules is None:
-            going, *told = news.wait()
+            going = bool(still_open[0])
         else:
-            told = [_note_ends(ends, values, length, rules, pad) for values in news.wait()]
+            told = _note_ends(ends, told, length, rules, pad)
             going = None in ends
+        written.append(told)
         if streamer is not None:
-            streamer.put(told[0])
-        if full or not bool(going):
+            streamer.put(told)
+        if full or not going:
             break
         if not early:
-            logits = step(tokens).to(input_ids.device)
+            logits = go_on()
     if streamer is not None:
         streamer.end()
-    sequences = ids[:, :length].clone()
-    for row, end in enumerate(ends):
-        if end is not None and end < length:
-            sequences[row, end:] = pad
+    sequences = torch.cat([input_ids, torch.stack(written, 1).to(input_ids.device)], 1)
     if not returned:
         give_back_cache(model, cache, batch)
     if not config.return_dict_in_generate:
@@ -241,8 +265,6 @@ class CapturedReader(GrowingReader):
 
     cache: StaticHybridCache
 
-    most = MOST_DEPTHS + 1  # tokens of the longest step
-
     def _head_cache(self) -> StaticMTPCache:
         cache = self.cache
         if cache.mtp is None:
@@ -255,67 +277,75 @@ class CapturedReader(GrowingReader):
         batch, width, vocab = token.shape[0], config.hidden_size, config.vocab_size
         device, dtype = self.last.device, self.last.dtype
         buffer = cache.graphs.buffer
-        self.tokens_read = buffer("drafts", (batch, self.most), torch.long, device)
-        self.following = buffer("following", (batch, self.most), torch.long, device)
-        self.hidden = buffer("hidden", (batch, self.most, width), dtype, device)
-        self.draft = buffer("draft", (batch, 1, width), dtype, device)
-        self.draft_token = buffer("draft token", (batch, 1), torch.long, device)
-        self.draft_logits = buffer("draft logits", (batch, 1, vocab), torch.float32, device)
-        self.read_logits = buffer("read logits", (batch, self.most, vocab), torch.float32, device)
+        # Of the last step: the newest token and its drafts, what comes behind each, and the backbone's outputs.
+        self.tokens = buffer("drafts", (batch, LONGEST_STEP), torch.long, device)
+        self.news = buffer("news", (batch, 1 + LONGEST_STEP), torch.long, device)
+        self.accepted, self.following = self.news[:, 0], self.news[:, 1:]
+        self.hidden = buffer("hidden", (batch, LONGEST_STEP, width), dtype, device)
+        # How many of them a row keeps, and the place of the last that it keeps.
         self.kept = buffer("kept", (batch,), torch.long, device)
-        self.accepted = buffer("accepted", (batch,), torch.long, device)
-        self.own = buffer("own", (batch,), torch.long, device)
+        self.newest = buffer("newest", (batch,), torch.long, device)
+        self.draft = buffer("draft", (batch, 1, width), dtype, device)
+        self.draft_logits = buffer("draft logits", (batch, 1, vocab), torch.float32, device)
+        self.read_logits = buffer("read logits", (batch, LONGEST_STEP, vocab), torch.float32, device)
+        self.shift = buffer("shift", (1,), torch.long, device)
         self.head_slots = self.drafter.cache.slots
         cache.slots.begin(batch, device, self.mask)
         self.head_slots.begin(batch, device, self.drafter.mask)
-        ahead = ReadAhead(self.kept)
+        self.ahead = ReadAhead(self.kept)
         for layer in cache.layers:
             if isinstance(layer, StaticMamba2Layer):
                 inputs = layer.conv_states[0].shape[1] + config.mamba_num_heads
-                if layer.drafts.shape[:2] != (batch, self.most):
-                    layer.drafts = torch.zeros(batch, self.most, inputs, dtype=dtype, device=device)
-                layer.read_ahead = ahead
-        self.ahead = ahead
+                if layer.drafts.shape[:2] != (batch, LONGEST_STEP):
+                    layer.drafts = torch.zeros(batch, LONGEST_STEP, inputs, dtype=dtype, device=device)
+                layer.read_ahead = self.ahead
         _bind(self.model, cache)
-        self.kept.fill_(1)
+        # Of the prompt only the last position waits for the head, and nothing for the states.
+        self.kept.zero_()
+        self.newest.zero_()
         self.hidden[:, :1] = self.last
-        self.following[:, :1] = token.unsqueeze(1)
-        # Lengths that the host knows: tokens settled in each row, by backbone and head, and pairs that wait for the head.
-        self.lengths, self.head_lengths = [cache.slots.seen] * batch, [self.head_slots.seen] * batch
-        self.settled_now, self.drafted = [1] * batch, 0
-        self.last_read = 0
+        self.tokens[:, 0] = self.following[:, 0] = token
+        # The head has no slots for what the cache held before this prompt; else a position has the same slot in both.
+        self.head_shift = self.head_slots.seen + 1 - cache.slots.seen
+        self.shift.fill_(self.head_shift)
+        self.lengths = [cache.slots.seen] * batch  # of each row's settled tokens
+        self.last_read = self.drafted = self.under_way = 0
 
-    def _reach(self) -> int:
-        """Slots for the head's steps of one round."""
-        return self.head_slots.reach_for(max(self.head_lengths) + 2 * self.most)
+    def _reaches(self, count: int) -> tuple[int, int]:
+        """Slots for the head's steps and the backbone's, up to and with one that reads `count` tokens."""
+        slots = max(self.lengths) + count
+        return self.head_slots.reach_for(slots + self.head_shift), self.cache.slots.reach_for(slots)
 
     def first_draft(self) -> Tensor:
-        waiting, reach = max(self.settled_now), self._reach()
-        self.cache.graphs.run(("first draft", waiting, reach), lambda: self._compute_first(waiting, reach))
-        self.head_lengths = [a + b for a, b in zip(self.head_lengths, self.settled_now, strict=True)]
+        # All that was read goes to the head, so that one recording serves however much of it was kept: what was not is written over.
+        waiting, (reach, _) = max(self.last_read, 1), self._reaches(LONGEST_STEP)
+        self.cache.graphs.run(
+            ("first draft", waiting, reach), lambda: self._leave_draft(self._compute_first(waiting, reach))
+        )
         self.drafted = 0
         return self.draft_logits
 
-    def _compute_first(self, waiting: int, reach: int) -> None:
+    def _compute_first(self, waiting: int, reach: int) -> Tensor:
         slots = self.head_slots
         embeds = self.model.get_input_embeddings()(self.following[:, :waiting])
         with slots.fixed(waiting, reach) as layout:
             hidden = self.model.mtp.apply_depth(0, self.hidden[:, :waiting], embeds, layout, cache=self.drafter.cache)
-        newest = (self.kept - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
-        self._leave_draft(hidden.gather(1, newest))
-        slots.positions.add_(self.kept)
+        torch.add(self.cache.slots.positions, self.shift, out=slots.positions)
+        return hidden.gather(1, self.newest.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1]))
 
     def next_draft(self, token: Tensor) -> Tensor:
-        self.draft_token.copy_(token)
-        ahead, reach = self.drafted, self._reach()
-        self.cache.graphs.run(("next draft", ahead, reach), lambda: self._compute_next(ahead, reach))
         self.drafted += 1
+        made, (reach, _) = self.drafted, self._reaches(LONGEST_STEP)
+        self.tokens[:, made : made + 1] = token
+        self.cache.graphs.run(
+            ("next draft", made, reach), lambda: self._leave_draft(self._compute_next(self.draft, made, reach))
+        )
         return self.draft_logits
 
-    def _compute_next(self, ahead: int, reach: int) -> None:
-        embeds = self.model.get_input_embeddings()(self.draft_token)
-        with self.head_slots.fixed(1, reach, ahead) as layout:
-            self._leave_draft(self.model.mtp.apply_depth(0, self.draft, embeds, layout, cache=self.drafter.cache))
+    def _compute_next(self, hidden: Tensor, made: int, reach: int) -> Tensor:
+        embeds = self.model.get_input_embeddings()(self.tokens[:, made : made + 1])
+        with self.head_slots.fixed(1, reach, made - 1) as layout:
+            return self.model.mtp.apply_depth(0, hidden, embeds, layout, cache=self.drafter.cache)
 
     def _leave_draft(self, hidden: Tensor) -> None:
         self.draft.copy_(hidden)
@@ -323,61 +353,89 @@ class CapturedReader(GrowingReader):
 
     def read(self, tokens: Tensor) -> Tensor:
         count, before = tokens.shape[1], self.last_read
-        self.tokens_read[:, :count] = tokens
-        reach = self.cache.slots.reach_for(max(self.lengths) + count)
-        self.cache.graphs.run(("read", before, count, reach), lambda: self._compute_read(before, count, reach))
+        self.tokens[:, :count] = tokens
+        _, reach = self._reaches(count)
+        logits = self.read_logits[:, :count]
+        self.cache.graphs.run(
+            ("read", before, count, reach), lambda: logits.copy_(self._compute_read(before, count, reach))
+        )
         self.last_read = count
-        return self.read_logits[:, :count]
+        return logits
 
-    def _compute_read(self, before: int, count: int, reach: int) -> None:
+    def _compute_read(self, before: int, count: int, reach: int) -> Tensor:
         self.ahead.count = before
         with self.cache.slots.fixed(count, reach) as layout:
-            hidden = _backbone(self.model, self.cache, self.tokens_read[:, :count], layout)
+            hidden = _backbone(self.model, self.cache, self.tokens[:, :count], layout)
         self.hidden[:, :count] = hidden
-        self.read_logits[:, :count] = self.model.get_output_embeddings()(hidden)
-
-    def greedy_round(self, token: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draft the likeliest tokens, read them and see how many the backbone would have written, in one step.
-
-        Args:
-            token: (batch,), the newest.
-
-        Returns:
-            Drafts (batch, depth), the backbone's logits (batch, 1 + depth, vocab), and as of `accept_greedy` the drafts that are
-            kept (batch,) and the token behind them (batch,).
-        """
-        before, count = self.last_read, depth + 1
-        self.draft_token.copy_(token.unsqueeze(1))
-        reaches = self._reach(), self.cache.slots.reach_for(max(self.lengths) + count)
-        self.cache.graphs.run(("round", before, count, *reaches), lambda: self._compute_round(before, count, *reaches))
-        self.head_lengths = [a + b for a, b in zip(self.head_lengths, self.settled_now, strict=True)]
-        self.drafted, self.last_read = 0, count
-        return self.tokens_read[:, 1:count], self.read_logits[:, :count], self.accepted, self.own
-
-    def _compute_round(self, before: int, count: int, head_reach: int, reach: int) -> None:
-        self.tokens_read[:, :1] = self.draft_token
-        # All that was read goes to the head, so that one recording serves however much of it was kept: what was not is written over.
-        self._compute_first(max(before, 1), head_reach)
-        for drafted in range(1, count):
-            self.draft_token.copy_(self.draft_logits[:, -1].argmax(-1, keepdim=True))
-            self.tokens_read[:, drafted : drafted + 1] = self.draft_token
-            if drafted + 1 < count:
-                self._compute_next(drafted - 1, head_reach)
-        self._compute_read(before, count, reach)
-        kept, own = accept_greedy(self.tokens_read[:, 1:count], self.read_logits[:, :count])
-        self.accepted.copy_(kept)
-        self.own.copy_(own)
+        return self.model.get_output_embeddings()(hidden)
 
     def settle(self, kept: list[int], token: Tensor, open_rows: list[int]) -> None:
         # Finished rows stay where they are.
         going = [n + 1 if row in open_rows else 0 for row, n in enumerate(kept)]
         self.kept.copy_(torch.tensor(going))
-        self.cache.slots.positions.add_(self.kept)
-        self.settled_now = going
+        self.newest.copy_((self.kept - 1).clamp(min=0))
+        self.cache.slots.positions.add_(self.kept.unsqueeze(1))
         self.lengths = [a + b for a, b in zip(self.lengths, going, strict=True)]
         count = self.last_read
-        last = (self.kept - 1).clamp(min=0)
-        self.following[:, :count] = tokens_behind(self.tokens_read[:, :count], last, token)
+        self.following[:, :count] = tokens_behind(self.tokens[:, :count], self.newest, token)
+
+    def begin_rounds(self, room: list[int], stops: set[int]) -> None:
+        """Whole rounds follow. The device alone knows where a row goes on; the host is told, and may be some rounds behind.
+
+        Args:
+            room: how many tokens each row may still take; a row that has ended, none.
+            stops: tokens that end a row.
+        """
+        buffer, device = self.cache.graphs.buffer, self.tokens.device
+        self.room = buffer("room", (len(room),), torch.long, device)
+        self.room.copy_(torch.tensor(room))
+        # Of few sizes, since another one is recorded anew.
+        self.stops = buffer("stops", (-(-max(len(stops), 1) // 16) * 16,), torch.long, device)
+        self.stops.fill_(-1)
+        self.stops[: len(stops)] = torch.tensor(sorted(stops), dtype=torch.long)
+
+    def start_round(self, depth: int) -> HostCopy:
+        """Draft the likeliest tokens, read them, and keep those that the backbone would have written, in one step.
+
+        Returns:
+            (batch, 1 + LONGEST_STEP) int64: how many of the `depth` drafts were right, and what the backbone writes behind the
+            newest token and behind each of them.
+        """
+        count = depth + 1
+        self.under_way += 1
+        reaches = self._reaches(self.under_way * count)
+        self.cache.graphs.run(("round", count, *reaches), lambda: self._compute_round(count, *reaches))
+        self.last_read = count
+        return HostCopy(self.news)
+
+    def _compute_round(self, count: int, head_reach: int, reach: int) -> None:
+        logits_of = self.model.get_output_embeddings()
+        hidden = self._compute_first(count, head_reach)
+        likeliest(logits_of(hidden), self.tokens[:, 1:2])
+        for made in range(1, count - 1):
+            hidden = self._compute_next(hidden, made, head_reach)
+            likeliest(logits_of(hidden), self.tokens[:, made + 1 : made + 2])
+        own = self.following[:, :count]
+        # In the first round too: no row keeps anything of what was read before it.
+        likeliest(self._compute_read(count, count, reach), own)
+        positions = self.cache.slots.positions
+        keep_drafts(
+            self.tokens[:, :count], own, self.stops, self.room, self.kept, self.newest, positions, self.accepted
+        )
+
+    def note_round(self, going: list[int]) -> None:
+        """The host has seen the oldest round that was under way: how many tokens each row has taken."""
+        self.under_way -= 1
+        self.lengths = [a + b for a, b in zip(self.lengths, going, strict=True)]
+
+    def end_row(self, row: int, taken: int) -> None:
+        """A row ends within the newest round, which the host has seen, for a reason that the device does not know.
+
+        Args:
+            taken: how many of the round's tokens it takes.
+        """
+        self.room[row] = 0
+        self.kept[row] = taken
 
     def finish(self) -> None:
         slots = self.cache.slots

@@ -4,11 +4,13 @@ One step: the head drafts k tokens, applying its one physical layer k times; the
 acceptance rule keeps a beginning of them and adds one token of the backbone's own; the caches take back the rest. Greedy
 decoding gives the same tokens as without drafts, sampling the same distribution.
 
-The loop is the same for caches that grow and for those of fixed size; what differs is the reader it works on.
+The loop is the same for caches that grow and for those of fixed size; what differs is the reader it works on. From a cache of
+fixed size, drafts that are always as many and the likeliest are whole rounds of the device, which the host reads along.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,10 +20,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache import ROLLBACK_LIMIT, HybridCache
-from .captured_decoding import CapturedReader, check_room_for, give_back_cache
+from .captured_decoding import CapturedReader, HostCopy, check_room_for, give_back_cache
 from .drafting import MOST_DEPTHS, GrowingReader
 from .speculative import accept_greedy, accept_sampled
-from .static_cache import StaticHybridCache
+from .static_cache import LONGEST_STEP, StaticHybridCache
 from .stopping_rules import UsualRules
 
 
@@ -81,9 +83,8 @@ class _Rows:
         self, input_ids: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList, max_length: int
     ):
         batch, length = input_ids.shape
-        # The last step may offer a row more than there is room for.
-        self.written = input_ids.new_zeros(batch, max(max_length, length) + MOST_DEPTHS + 1)
-        self.written[:, :length] = input_ids
+        self.prompt = input_ids
+        self.texts: list[list[int]] = [[] for _ in range(batch)]  # behind the prompt
         self.lengths, self.prompt_length = [length] * batch, length
         self.processors, self.criteria, self.max_length = processors, criteria, max_length
         self.scores: list[list[Tensor]] = [[] for _ in self.lengths]
@@ -91,6 +92,11 @@ class _Rows:
         self.ends: list[int | None] = [None] * batch  # length at which a row was finished
         self.pads = batch == 1 or any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.usual = UsualRules.of(criteria)
+        # Where somebody looks at it, the text lies on the device too. The last step may offer a row more than there is room for.
+        self.written: Tensor | None = None
+        if processors or self.usual is None:
+            self.written = input_ids.new_zeros(batch, max(max_length, length) + MOST_DEPTHS + 1)
+            self.written[:, :length] = input_ids
 
     def open_rows(self) -> list[int]:
         """Rows that still need tokens."""
@@ -98,12 +104,18 @@ class _Rows:
             return [row for row, end in enumerate(self.ends) if end is None]
         ends = [end for end in self.ends if end is not None]
         length = max(ends) if len(ends) == len(self.ends) else None
-        return [row for row, written in enumerate(self.lengths) if length is None or written < length]
+        most = self.max_length if length is None else min(length, self.max_length)
+        return [row for row, written in enumerate(self.lengths) if written < most]
+
+    def room(self, rows: list[int]) -> int:
+        """How many tokens fit into the one of these rows with the most room."""
+        return max(self.max_length - self.lengths[row] for row in rows)
 
     def process(self, logits: Tensor, drafts: Tensor, behind: int = 0) -> Tensor:
         """Scores for (batch, n, vocab) logits, the i-th of which follows a row's tokens and its first `behind + i` drafts."""
         if not self.processors:
             return logits
+        assert self.written is not None
         scores = logits.clone()
         for length in sorted({self.lengths[row] for row in self.open_rows()}):
             # Processors take a batch of one length, and some know its size: rows of another length are stood in for.
@@ -118,22 +130,26 @@ class _Rows:
         return scores
 
     def append(
-        self, row: int, tokens: Tensor, values: list[int], scores: Tensor, logits: Tensor, keep: tuple[bool, bool]
+        self, row: int, values: list[int], scores: Tensor | None, logits: Tensor | None, keep: tuple[bool, bool]
     ) -> int:
         """Add tokens until the row is finished; returns how many were added.
 
         Args:
-            tokens: (n,) int64, of which `values` are the numbers.
+            scores, logits: (n, vocab), needed where `keep` asks for them.
         """
         start = self.lengths[row]
-        self.written[row, start : start + len(values)] = tokens
+        if self.written is not None:
+            self.written[row, start : start + len(values)] = torch.tensor(values)
         for i, value in enumerate(values):
             length = self.lengths[row] = start + i + 1
+            self.texts[row].append(value)
             if keep[0]:
+                assert scores is not None
                 self.scores[row].append(scores[i].clone())
             if keep[1]:
+                assert logits is not None
                 self.logits[row].append(logits[i].clone())
-            if self.ends[row] is None and self._is_finished(row, value, scores[i] if keep[0] else None):
+            if self.ends[row] is None and self._is_finished(row, value, self.scores[row][-1] if keep[0] else None):
                 self.ends[row] = length
                 if self.pads:
                     return i + 1
@@ -145,17 +161,16 @@ class _Rows:
         length = self.lengths[row]
         if self.usual is not None:
             return self.usual.met(newest, length)
+        assert self.written is not None
         ids = self.written[row : row + 1, :length]
         return bool(self.criteria(ids, None if scores is None else (scores.unsqueeze(0),)).all())
 
     def sequences(self, pad_token: Tensor | None) -> Tensor:
         """(batch, longest) token ids; finished rows end in padding."""
-        longest = max(end for end in self.ends if end is not None)
-        found = self.written[:, :longest].clone()
+        longest = max(end for end in self.ends if end is not None) - self.prompt_length
         pad = 0 if pad_token is None else int(pad_token)
-        for row, length in enumerate(self.lengths):
-            found[row, length:] = pad
-        return found
+        texts = [text[:longest] + [pad] * (longest - len(text)) for text in self.texts]
+        return torch.cat([self.prompt, torch.tensor(texts, dtype=torch.long).to(self.prompt.device)], dim=1)
 
     def stacked(self, what: list[list[Tensor]]) -> tuple[Tensor, ...]:
         """One (batch, vocab) tensor per generated position; zeros for rows that had finished before it."""
@@ -243,7 +258,7 @@ def generate_with_mtp(
     reader: GrowingReader
     if isinstance(cache, StaticHybridCache):
         prompt = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
-        check_room_for(cache, prompt, config.max_length - input_ids.shape[1], spare=MOST_DEPTHS)
+        check_room_for(cache, prompt, config.max_length - input_ids.shape[1], spare=LONGEST_STEP)
         reader = CapturedReader(model, cache, attention_mask)
     else:
         reader = GrowingReader(model, cache, attention_mask)
@@ -256,48 +271,47 @@ def generate_with_mtp(
             return *accept_sampled(drafts, q if q is not None else logits[:, :0], scores), scores
         return *accept_greedy(drafts, scores), scores
 
+    def take(
+        row: int, right: int, values: list[int], offered: int, scores: Tensor | None, logits: Tensor | None
+    ) -> int:
+        """Write what a step yields for a row, `right` drafts and a token; returns how many of them it takes."""
+        added = rows.append(row, values, scores, logits, keep)
+        statistics.count(offered, min(right, added, offered), added)
+        if streamer is not None:
+            streamer.put(torch.tensor([values[:added]]))
+        return added
+
     logits = reader.read_prompt(input_ids, inputs_embeds, config.prefill_chunk_size)
     no_drafts = input_ids.new_empty(batch, 0)
     _, token, scores = choose(logits, no_drafts, None)
     values = token.tolist()
     for row in range(batch):
-        rows.append(row, token[row : row + 1], values[row : row + 1], scores[row], logits[row], keep)
+        rows.append(row, values[row : row + 1], scores[row], logits[row], keep)
     if streamer is not None:
         streamer.put(token.cpu())
     reader.begin(token)
 
     depth, schedule = config.num_assistant_tokens, config.num_assistant_tokens_schedule
     threshold = config.assistant_confidence_threshold
-    # Nothing but the likeliest tokens, always as many drafts: then a round is one step.
-    whole = isinstance(reader, CapturedReader) and not (config.do_sample or rows.processors or threshold)
-    whole = whole and schedule == "constant"
+    # Nothing but the likeliest tokens, always as many drafts, nobody to show logits to: then a round is one step.
+    asked = config.do_sample or rows.processors or threshold or any(keep)
+    if isinstance(reader, CapturedReader) and schedule == "constant" and not asked:
+        _read_along(reader, rows, depth, UsualRules(stopping_criteria).stops, take)
     while open_rows := rows.open_rows():
         # A step yields one token more than it drafts; none may lie behind `max_length`.
-        room = max(config.max_length - rows.lengths[row] for row in open_rows)
-        if whole:
-            # Always as many, so that always the same step is replayed: what is too much is not written.
-            drafts, logits, kept, token = reader.greedy_round(token, depth)
-            scores = logits
-        else:
-            drafts, q = _draft(reader, rows, no_drafts, min(depth, room - 1), config.do_sample, threshold)
-            logits = reader.read(torch.cat([token.unsqueeze(1), drafts], dim=1))
-            kept, token, scores = choose(logits, drafts, q)
+        room = rows.room(open_rows)
+        drafts, q = _draft(reader, rows, no_drafts, min(depth, room - 1), config.do_sample, threshold)
+        logits = reader.read(torch.cat([token.unsqueeze(1), drafts], dim=1))
+        kept, token, scores = choose(logits, drafts, q)
         k = drafts.shape[1]
 
         # How far each row goes: to its first refused draft, or to where it finishes. The host waits here, once a step.
         found = torch.cat([kept.unsqueeze(1), drafts, token.unsqueeze(1)], dim=1)
         going, everything = [0] * batch, True
         for row, (n, *values) in enumerate(found.tolist()):
-            if row not in open_rows:
-                continue
-            new = torch.cat([drafts[row, :n], token[row : row + 1]])
-            added = rows.append(row, new, [*values[:n], values[k]], scores[row], logits[row], keep)
-            offered = min(k, room - 1)
-            statistics.count(offered, min(n, added, offered), added)
-            going[row] = added - 1
-            everything &= n == k
-            if streamer is not None:
-                streamer.put(new[:added].cpu().unsqueeze(0))
+            if row in open_rows:
+                going[row] = take(row, n, [*values[:n], values[k]], k, scores[row], logits[row]) - 1
+                everything &= n == k
         if schedule in ("heuristic", "heuristic_transient"):
             depth = min(MOST_DEPTHS, depth + 2) if everything else max(1, depth - 1)
         reader.settle(going, token, open_rows)
@@ -318,6 +332,37 @@ def generate_with_mtp(
         cache=cache,
         mtp_statistics=statistics,
     )
+
+
+def _read_along(reader: CapturedReader, rows: _Rows, depth: int, stops: set[int], take: Callable[..., int]) -> None:
+    """Rounds of greedy drafts up to the end. Each is launched before the host has seen the one before it.
+
+    Args:
+        take: writes a row's tokens, as in `generate_with_mtp`.
+    """
+    open_rows = rows.open_rows()
+    if not open_rows:
+        return
+    batch = len(rows.lengths)
+    reader.begin_rounds([rows.max_length - n if row in open_rows else 0 for row, n in enumerate(rows.lengths)], stops)
+    news: HostCopy | None = reader.start_round(depth)
+    while news is not None:
+        # A round too many keeps nothing, but takes its time: none is launched where this one may reach the length of all rows.
+        # What the device does not know ends a row within a round, which must then be the newest.
+        room = rows.room(open_rows)
+        early = reader.start_round(depth) if rows.usual is not None and room > depth + 1 else None
+        (found,) = news.wait()
+        going = [0] * batch
+        for row, (right, *values) in enumerate(found.tolist()):
+            if row in open_rows:
+                # Always as many drafts, so that always the same step is replayed: some may have lain behind the length.
+                going[row] = take(row, right, values[: right + 1], min(depth, room - 1), None, None)
+        reader.note_round(going)
+        before, open_rows = open_rows, rows.open_rows()
+        if rows.usual is None:
+            for row in set(before).difference(open_rows):
+                reader.end_row(row, going[row])
+        news = (early or reader.start_round(depth)) if open_rows else None
 
 
 def _draft(

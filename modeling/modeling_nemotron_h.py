@@ -28,7 +28,6 @@ from .attention import NemotronHAttention
 from .block import NemotronHBlock
 from .cache import HybridCache, check_cache
 from .captured_decoding import borrow_cache, sample_captured
-from .drafting import MOST_DEPTHS
 from .fp8_cache import kv_dtype_of
 from .generation import check_mtp_options, generate_with_mtp
 from .latent_moe import NemotronHExperts, NemotronHTopkRouter
@@ -40,7 +39,7 @@ from .objective import training_objective
 from .published_state import take_published_names
 from .quantization_file import drop_quantization, find_quantization
 from .remote_code import AUTO_MAP, STUB_FILE, write_stub
-from .static_cache import StaticHybridCache
+from .static_cache import LONGEST_STEP, StaticHybridCache
 from .stopping_drafts import stopping_at, until_stop
 from .token_layout import TokenLayout, describe_tokens
 from .weight_checks import check_headers, name_truncated_file, refuse_non_finite, refuse_pickled
@@ -509,7 +508,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         if given is None and wanted.use_cache and static:
             rows = batch_size * max(wanted.num_beams, wanted.num_return_sequences)
             tokens = max(max_cache_length, wanted.max_cache_len or 0)
-            tokens += MOST_DEPTHS if wanted.use_mtp else 0
+            tokens += LONGEST_STEP if wanted.use_mtp else 0
             model_kwargs["cache"] = borrow_cache(self, rows, tokens, kv_dtype)
             return
         if given is None and wanted.use_cache and wanted.cache_implementation == "quantized":

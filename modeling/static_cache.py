@@ -27,10 +27,12 @@ from ..configuration.configuration_nemotron_h import NemotronHConfig
 from ..kernels_hub.registry import fill_slots
 from .cache import HybridCache, Mamba2CacheLayer
 from .cuda_graphs import CUDAGraphs
+from .drafting import MOST_DEPTHS
 from .fp8_cache import FP8, Fp8Format, refuse_gradients
 from .token_layout import SeenSlots, TokenLayout
 
 _SHORTEST_REACH = 256
+LONGEST_STEP = MOST_DEPTHS + 1  # tokens of a fixed step
 
 
 def round_up(slots: int) -> int:
@@ -53,7 +55,7 @@ class Slots:
         self.size = size
         self.seen = 0  # slots filled, of the longest row
         self.ragged = False  # whether rows have filled different numbers
-        self.positions: Tensor | None = None  # (batch,) int64: each row's next slot, on the device
+        self.positions: Tensor | None = None  # (batch, LONGEST_STEP) int64: each row's next slots, on the device
         self.there: Tensor | None = None  # (batch, size) bool: False where a prompt had padding
         self.index: Tensor | None = None  # (batch, tokens) int64: the slots of a fixed step's tokens
         self.reach = 0
@@ -61,10 +63,10 @@ class Slots:
     def begin(self, batch: int, device: torch.device, mask: Tensor | None) -> None:
         """Fixed steps follow. `mask`: (batch, seen), 0 for padding; None where all slots hold tokens."""
         if self.positions is None or self.positions.shape[0] != batch:
-            self.positions = torch.zeros(batch, dtype=torch.long, device=device)
+            self.positions = torch.zeros(batch, LONGEST_STEP, dtype=torch.long, device=device)
             self.there = torch.ones(batch, self.size, dtype=torch.bool, device=device)
         assert self.there is not None
-        self.positions.fill_(self.seen)
+        self.positions.copy_(torch.arange(self.seen, self.seen + LONGEST_STEP, device=device))
         self.there.fill_(True)
         if mask is not None:
             self.there[:, : self.seen].copy_(mask[:, : self.seen])
@@ -80,8 +82,7 @@ class Slots:
     def fixed(self, tokens: int, reach: int, ahead: int = 0) -> Iterator[TokenLayout]:
         """A step of `tokens` tokens a row, `ahead` slots behind each row's next one; gives the layout for its forward."""
         assert self.positions is not None and self.there is not None
-        device = self.positions.device
-        self.index = self.positions.unsqueeze(1) + torch.arange(ahead, ahead + tokens, device=device)
+        self.index = self.positions[:, ahead : ahead + tokens].contiguous()
         self.reach = reach
         try:
             yield TokenLayout(None, None, None, None, SeenSlots(self.index, self.there[:, :reach]))

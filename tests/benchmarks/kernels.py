@@ -221,6 +221,12 @@ def cases(w: Widths) -> list[tuple]:
         found.append(
             ("fill_slots", f"1 {str(dtype)[6:]}", build, r.fill_slots, 4 * w.keys * w.head * BF16, 0, 12, True)
         )
+    for n in (1, 4, 8):  # tokens of one sequence, and with them the drafts of a round
+        build = lambda n=n: (rand(1, n, w.vocab), torch.zeros(1, n, dtype=torch.int64, device="cuda"))  # noqa: E731
+        found.append(("likeliest", f"{n}", build, r.likeliest, n * w.vocab * BF16, 0, 24, True))
+        shapes = (1, n), (1, n), 16, 1, 1, 1, (1, 8), 1
+        build = lambda shapes=shapes: [torch.zeros(s, dtype=torch.int64, device="cuda") for s in shapes]  # noqa: E731
+        found.append(("keep_drafts", f"{n}", build, r.keep_drafts, 0, 0, 24, True))
     for n in (1, 4, 16, 64):
         for which, out, width in (
             ("in", w.projected, w.hidden),

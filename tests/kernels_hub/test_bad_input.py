@@ -107,6 +107,8 @@ FAR_APART = [
     ),
     ("moe_experts", expert_inputs, 0, 0),
     ("relu_squared", lambda: (normal(3, 16),), 0, 0),
+    ("likeliest", lambda: (normal(3, 16), torch.zeros(3, dtype=torch.int64, device=DEVICE)), 0, 0),
+    ("likeliest", lambda: (normal(3, 4, 16), torch.zeros(3, 4, dtype=torch.int64, device=DEVICE)), 1, 0),
 ]
 
 
@@ -182,6 +184,7 @@ def test_nothing_at_all():
         ("joint_linear", (normal(0, 16), [normal(8, 16), normal(5, 16)])),
         ("route_few_tokens", (normal(0, 16), normal(8, 16), normal(8, dtype=torch.float32), normal(5, 16), 2)),
         ("relu_squared", (normal(0, 16),)),
+        ("likeliest", (normal(0, 16), empty[:, 0])),
         ("linear_cross_entropy", (normal(0, 16), normal(8, 16), empty[:, 0])),
     ):
         found = served(op, [a.clone() if torch.is_tensor(a) else a for a in args])

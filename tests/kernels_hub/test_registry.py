@@ -56,6 +56,8 @@ def test_models_call_the_registry(make_model, monkeypatch):
         "add_rms_norm",
         "decode_attention",
         "fill_slots",
+        "likeliest",
+        "keep_drafts",
     }
     assert served == set(registry.OPS) - others
     served.clear()
@@ -63,7 +65,8 @@ def test_models_call_the_registry(make_model, monkeypatch):
     ids = torch.tensor([[3, 4, 5]])
     model.train()(ids, labels=ids)
     model.eval().generate(ids, max_new_tokens=6, min_new_tokens=6, use_mtp=True)
-    model.generate(ids, max_new_tokens=3, min_new_tokens=3, cache_implementation="static")
+    model.generate(ids, max_new_tokens=3, cache_implementation="static", eos_token_id=None)
+    model.generate(ids, max_new_tokens=3, cache_implementation="static", eos_token_id=None, use_mtp=True)
     assert served >= others - {"add_rms_norm"}
 
 

@@ -514,6 +514,91 @@ def test_relu_squared_has_the_bits_of_torch(dtype):
 
 @some
 @given(
+    lead=st.sampled_from([(1,), (3,), (1, 1), (2, 4), (3, 1)]),
+    classes=st.sampled_from([1, 2, 63, 513, 2048, 8192, 8193, 12289]),
+    levels=st.sampled_from([2, 300, 10**6]),
+    odd=st.sampled_from([[], [float("nan")], [float("inf"), 0.0], [-0.0, 0.0]]),
+    low=st.booleans(),
+    apart=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_likeliest(lead, classes, levels, odd, low, apart, dtype, seed):
+    """The class that torch finds: the first of equals, of zeros of either sign, and of what is not a number."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randint(levels, (*lead, classes), generator=generator) - levels).to(dtype)
+    logits = torch.full_like(logits, -torch.inf) if low else logits
+    for value in odd:
+        logits[..., torch.randint(classes, (3,), generator=generator)] = value
+    logits = logits.to(DEVICE)
+    room = torch.full((*lead[:-1], 3 * lead[-1]), -7, device=DEVICE)
+    out = room[..., 1::3] if apart else torch.empty(lead, dtype=torch.int64, device=DEVICE)
+    with torch.no_grad(), use_kernels("triton"):
+        assert registry.likeliest(logits, out) is out
+    assert torch.equal(out, logits.argmax(-1))
+    assert (room[..., ::3] == -7).all() and (room[..., 2::3] == -7).all()
+
+
+def round_by_hand(tokens, own, stops, room, place):
+    """One row's round, token by token: what is kept, room, newest token, place, drafts that were right."""
+    right = 0
+    while right < len(own) - 1 and tokens[right + 1] == own[right]:
+        right += 1
+    taken = []
+    for token in own[: right + 1]:
+        if len(taken) == room:
+            break
+        taken.append(token)
+        if token in stops:
+            room = len(taken)
+            break
+    return len(taken), room - len(taken), taken[-1] if taken else tokens[0], place + len(taken), right
+
+
+@pytest.mark.parametrize("source", ["triton", "torch"])
+@some
+@given(
+    rows=st.integers(1, 5),
+    drafts=st.integers(0, 7),
+    stops=st.lists(st.integers(0, 5), max_size=4),
+    few_tokens=st.booleans(),
+    seed=seeds,
+)
+def test_keep_drafts(source, rows, drafts, stops, few_tokens, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(high, *shape):
+        return torch.randint(high, shape, generator=generator)
+
+    count = drafts + 1
+    own = numbers(3 if few_tokens else 50, rows, 10)[:, 1 : 1 + count]
+    tokens = numbers(60, rows, 8)[:, :count]
+    agree = numbers(10, rows, drafts) < 8
+    tokens[:, 1:] = torch.where(agree, own[:, :-1], tokens[:, 1:])
+    room, places = numbers(9, rows), numbers(100, rows)
+    positions = places.unsqueeze(1) + torch.arange(8)
+    expected = [
+        round_by_hand(*(t[row].tolist() for t in (tokens, own)), stops, int(room[row]), int(places[row]))
+        for row in range(rows)
+    ]
+    news = torch.full((rows, 3), -7)
+    padded = torch.tensor([*stops, -1, -1])
+    arguments = [tokens, own, padded, room, torch.full((rows,), -7), torch.full((rows,), -7), positions, news[:, 1]]
+    if ON_GPU:
+        arguments = [t.to(DEVICE) for t in arguments]
+    behind = arguments[0][:, 1:].clone()
+    with torch.no_grad(), use_kernels(source):
+        registry.keep_drafts(*arguments)
+    tokens, _, _, room, kept, newest, positions, accepted = arguments
+    found = zip(*(t.tolist() for t in (kept, room, tokens[:, 0], positions[:, 0], accepted)), strict=True)
+    assert list(found) == expected
+    assert newest.tolist() == [max(kept - 1, 0) for kept, *_ in expected]
+    assert torch.equal(positions - positions[:, :1], torch.arange(8, device=DEVICE).expand(rows, -1))
+    assert torch.equal(tokens[:, 1:], behind)
+
+
+@some
+@given(
     tokens=st.sampled_from([1, 2, 15, 16, 17, 64]),
     width=st.sampled_from([1, 40, 128, 513, 2048]),
     rows=st.sampled_from([1, 7, 32, 70]),
@@ -739,6 +824,13 @@ def test_operator_registration(grad):
         args = (leaf(3, 8), leaf(5, 8), targets, weights, -100, chunk, grad, grad)
         torch.library.opcheck(ops.linear_cross_entropy.default, args)
     if not grad:
+        torch.library.opcheck(
+            ops.likeliest.default, (leaf(2, 3, 9000), torch.zeros(2, 3, dtype=torch.int64, device=device))
+        )
+        whole = [
+            torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((2, 4), (2, 4), 3, 2, 2, 2, (2, 8), 2)
+        ]
+        torch.library.opcheck(ops.keep_drafts.default, tuple(whole))
         torch.library.opcheck(ops.small_batch_linear.default, (leaf(3, 8), leaf(5, 8), None, True, [leaf(3, 5)]))
         torch.library.opcheck(ops.joint_linear.default, (leaf(3, 8), [leaf(5, 8), leaf(2, 8)]))
         for narrowing in (leaf(6, 8), None):

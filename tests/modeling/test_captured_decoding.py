@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from nemotron_super.modeling import captured_decoding
+from nemotron_super.modeling import captured_decoding, cuda_graphs, static_cache
+from nemotron_super.modeling.cache import HybridCache
 from nemotron_super.modeling.captured_decoding import CapturedReader, DecodeStep, borrow_cache, forget_idle_caches
 from nemotron_super.modeling.cuda_graphs import why_not_recorded
+from nemotron_super.modeling.drafting import GrowingReader
 from nemotron_super.modeling.snapshot import load_snapshot, save_snapshot
 from nemotron_super.modeling.static_cache import StaticHybridCache, round_up
 from peft import LoraConfig, get_peft_model
@@ -163,6 +165,7 @@ def test_a_step_does_not_wait(make_model, prompts, no_waiting):
         step = DecodeStep(model, cache, 2, None)
         with no_waiting():
             step(token)
+            step.follow()
         with pytest.raises(AssertionError, match="the host waits"), no_waiting():
             model(token.unsqueeze(1), attention_mask=torch.ones(2, 8, dtype=torch.long), cache=cache)
 
@@ -175,6 +178,179 @@ def test_a_step_does_not_wait(make_model, prompts, no_waiting):
                 second = reader.next_draft(first).argmax(-1)
                 reader.read(torch.cat([token.unsqueeze(1), first, second], dim=1))
                 reader.settle([1, 2], token, [0, 1])
+            reader.begin_rounds([20, 30], {5})
+            for _ in range(2):
+                reader.start_round(3)
+
+
+def agree(model, strength):
+    """Let most tokens follow from the one before alone, for the head as for the backbone, so that many drafts come true."""
+    with torch.no_grad():
+        embed = model.get_input_embeddings().weight
+        width = embed.shape[1]
+        embed.div_(embed.norm(dim=1, keepdim=True)).mul_(strength * width**0.5)
+        model.lm_head.weight.copy_(embed.roll(11, 0))
+        merge = model.mtp.layers[0].eh_proj.weight
+        merge.zero_()[:, :width] = torch.eye(width)
+    return model
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    seed=st.integers(0, 30),
+    rows=st.integers(1, 4),
+    padding=st.booleans(),
+    new=st.integers(1, 14),
+    eos=st.sampled_from([None, 5, [5, 17, 40]]),
+)
+def test_steps_that_choose(pattern, seed, rows, padding, new, eos, make_model, replayed, prompts):
+    """The likeliest token chosen by the step itself: the same text, and nothing else is recorded."""
+    model = make_model(pattern, seed=seed, scale=(1.0, 4.0)[seed % 2])
+    ids, mask = prompts(rows, 5, padding, seed)
+    options = GREEDY | {"attention_mask": mask, "max_new_tokens": new, "eos_token_id": eos}
+    expected = model.generate(ids, **options)
+    for _ in range(2):
+        assert model.generate(ids, cache_implementation="static", **options).equal(expected)
+    assert {name for name, *_ in borrow_cache(model, rows, 10).graphs._graphs} <= {"likeliest"}
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    seed=st.integers(0, 30),
+    rows=st.integers(1, 4),
+    padding=st.booleans(),
+    depth=st.integers(1, 7),
+    new=st.sampled_from([1, 2, 6, 9, 16, 25, 40]),
+    ends=st.sampled_from([None, "token", "pair"]),
+    tight=st.booleans(),
+)
+def test_whole_rounds(pattern, seed, rows, padding, depth, new, ends, tight, make_model, replayed, prompts, rules):
+    """The text, and the states that are left, to the token: rows end at different times, inside of drafts and by their length."""
+    model = agree(make_model(pattern, seed=seed, **MTP), (0.2, 0.4, 4.0)[seed % 3])
+    ids, mask = prompts(rows, 5, padding, seed)
+    cache = StaticHybridCache(model.config, 5 + new - 1 + 8 if tight else 64)
+    options = GREEDY | {"attention_mask": mask, "max_new_tokens": new, "eos_token_id": None}
+    criteria = []
+    if ends is not None:
+        *_, last, newest = model.generate(ids, **options)[0, : 6 + new // 2].tolist()
+        # With an end-of-sequence token, even one that nobody writes, rows need not go on until the last has ended.
+        options["eos_token_id"] = newest if ends == "token" else 2
+        criteria = [rules.StopAfter((last, newest))] if ends == "pair" else []
+    options |= {"use_mtp": True, "num_assistant_tokens": depth, "return_dict_in_generate": True}
+    found, expected = (
+        model.generate(ids, cache=kept, stopping_criteria=criteria, **options)
+        for kept in (cache, HybridCache(model.config))
+    )
+    assert found.sequences.equal(expected.sequences)
+    assert found.mtp_statistics == expected.mtp_statistics
+    for row, text in enumerate(found.sequences[:, 5:].tolist()):
+        stop, whole = options["eos_token_id"], [*ids[row].tolist(), *text]
+        end = text.index(stop) + 1 if stop in text else len(text)
+        if criteria:
+            pairs = [i + 1 for i in range(len(text)) if (whole[i + 4], whole[i + 5]) == (last, newest)]
+            end = min([end, *pairs])
+        alone = torch.tensor([[*ids[row][mask[row] == 1].tolist(), *text[: end - 1]]])
+        fresh = model.model(alone, use_cache=True).cache
+        for kept, read in zip(cache.layers, fresh.layers, strict=True):
+            if hasattr(read, "recurrent_states"):
+                torch.testing.assert_close(
+                    kept.recurrent_states[0][row], read.recurrent_states[0][0], atol=1e-4, rtol=1e-4
+                )
+                torch.testing.assert_close(kept.conv_states[0][row], read.conv_states[0][0], atol=1e-4, rtol=1e-4)
+    if rows == 1:
+        assert cache.get_seq_length() == found.sequences.shape[1] - 1
+
+
+def test_drafts_behind_an_earlier_turn(make_model, prompts):
+    """The head, which has not seen that turn, gives the logits that it gives on a cache that grows."""
+    model = make_model("ME*M-", seed=1, scale=1.0, **MTP)
+    earlier, ids = prompts(2, 20, False, 0)[0], prompts(2, 7, False, 1)[0]
+    drafts = prompts(2, 3, False, 2)[0]
+    found = []
+    with torch.no_grad():
+        for kind, cache in (
+            (CapturedReader, StaticHybridCache(model.config, 64)),
+            (GrowingReader, HybridCache(model.config)),
+        ):
+            model(earlier, cache=cache)
+            reader, logits = kind(model, cache, None), []
+            reader.read_prompt(torch.cat([earlier, ids], 1), None, None)
+            reader.begin(drafts[:, 0])
+            for kept in ([1, 1], [0, 2], [2, 1]):
+                logits += [reader.first_draft().clone(), reader.next_draft(drafts[:, 1:2]).clone()]
+                logits.append(reader.read(drafts).clone())
+                reader.settle(kept, drafts[:, 0], [0, 1])
+            found.append(torch.cat(logits, 1))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_steps_reach_what_they_fill(make_model, monkeypatch, prompts):
+    """Though the host may not know yet how far the rows have come."""
+    monkeypatch.setattr(static_cache, "_SHORTEST_REACH", 8)
+    monkeypatch.setattr(cuda_graphs, "why_not_recorded", lambda model: "positions are looked at")
+    model = agree(make_model("ME*M-", **MTP), 8.0)
+    fixed, reaches = static_cache.Slots.fixed, set()
+
+    def checked(self, tokens, reach, ahead=0):
+        assert int(self.positions[:, ahead : ahead + tokens].max()) < reach
+        reaches.add(reach)
+        return fixed(self, tokens, reach, ahead)
+
+    monkeypatch.setattr(static_cache.Slots, "fixed", checked)
+    ids, mask = prompts(2, 6, True, 1)
+    options = GREEDY | {"attention_mask": mask, "max_new_tokens": 80, "eos_token_id": None}
+    for depth in range(8):
+        drafts = {"use_mtp": True, "num_assistant_tokens": depth} if depth else {}
+        reaches.clear()
+        assert model.generate(ids, cache_implementation="static", **options, **drafts).shape == (2, 86)
+        assert len(reaches) > 3
+
+
+def test_rounds_are_launched_ahead(make_model, monkeypatch, prompts, rules):
+    """The next round before the host has seen this one: not where this one may be the last, nor for rules the device does not know."""
+    model = make_model("ME*M-", scale=1.0, **MTP)
+    ids, _ = prompts(1, 6, False, 0)
+    events, start, wait = [], CapturedReader.start_round, captured_decoding.HostCopy.wait
+
+    def started(self, depth):
+        events.append("start")
+        return start(self, depth)
+
+    def waited(self):
+        events.append("wait")
+        return wait(self)
+
+    monkeypatch.setattr(CapturedReader, "start_round", started)
+    monkeypatch.setattr(captured_decoding.HostCopy, "wait", waited)
+    options = GREEDY | {"use_mtp": True, "num_assistant_tokens": 2, "cache_implementation": "static"}
+    for criteria in ([], [rules.StopAfter((1, 2))]):
+        events.clear()
+        model.generate(ids, stopping_criteria=criteria, **options, **{"return_dict_in_generate": True})
+        assert events.count("start") == events.count("wait") >= 3
+        ahead = [
+            events[: place + 1].count("start") - events[: place + 1].count("wait") for place in range(len(events))
+        ]
+        assert max(ahead) == (1 if criteria else 2)
+        assert ahead[-3:] == [0, 1, 0]
+    events.clear()
+    model.generate(ids, output_logits=True, **options, **{"return_dict_in_generate": True})
+    assert not events
+
+
+def test_one_recording_serves_all_rounds(make_model, replayed, prompts):
+    """From the first round on, of every prompt."""
+    model = make_model("ME*M-", seed=3, scale=1.0, **MTP)
+    options = GREEDY | {
+        "use_mtp": True,
+        "num_assistant_tokens": 3,
+        "cache_implementation": "static",
+        "max_new_tokens": 30,
+    }
+    for seed in range(3):
+        model.generate(prompts(2, 5 + seed, True, seed)[0], **options)
+    assert [key[0] for key in borrow_cache(model, 2, 10).graphs._graphs] == ["round"]
 
 
 def test_nothing_is_compiled(make_model, monkeypatch, prompts):
@@ -253,13 +429,13 @@ def test_one_step_too_many_at_most(make_model, monkeypatch, prompts):
     model = make_model("ME*M-", scale=1.0)
     ids, _ = prompts(1, 6, False, 0)
     text = model.generate(ids, **GREEDY)[0]
-    steps, call = [], DecodeStep.__call__
+    steps, run = [], DecodeStep._run
 
-    def counted(self, tokens):
+    def counted(self, *arguments):
         steps.append(1)
-        return call(self, tokens)
+        return run(self, *arguments)
 
-    monkeypatch.setattr(DecodeStep, "__call__", counted)
+    monkeypatch.setattr(DecodeStep, "_run", counted)
     new = int((text[6:] == text[9]).nonzero()[0]) + 1  # tokens up to the first that equals the fourth
     for extra, expected in (({}, new), ({"return_dict_in_generate": True}, new - 1)):
         steps.clear()
@@ -365,9 +541,9 @@ def test_what_does_not_fit_is_refused(make_model, prompts):
     with pytest.raises(ValueError, match=r"prompt of 6 tokens with 9 new ones.*size 13.*max_cache_len=14"):
         model.generate(ids, cache=StaticHybridCache(model.config, 13), **GREEDY)
     assert model.generate(ids, cache=StaticHybridCache(model.config, 14), **GREEDY).shape == (1, 15)
-    with pytest.raises(ValueError, match=r"7 drafts"):
-        model.generate(ids, cache=StaticHybridCache(model.config, 20), use_mtp=True, **GREEDY)
-    assert model.generate(ids, cache=StaticHybridCache(model.config, 21), use_mtp=True, **GREEDY).shape == (1, 15)
+    with pytest.raises(ValueError, match=r"a last step of 8.*max_cache_len=22"):
+        model.generate(ids, cache=StaticHybridCache(model.config, 21), use_mtp=True, **GREEDY)
+    assert model.generate(ids, cache=StaticHybridCache(model.config, 22), use_mtp=True, **GREEDY).shape == (1, 15)
     with pytest.raises(ValueError, match="max_cache_len"):
         StaticHybridCache(model.config, 0)
     with pytest.raises(ValueError, match=r"fixed size of 5 tokens, this call brings 6"):

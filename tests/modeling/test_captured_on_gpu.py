@@ -4,7 +4,7 @@ import pytest
 import torch
 from nemotron_super import NemotronHForCausalLM, preset
 from nemotron_super.modeling import cuda_graphs
-from nemotron_super.modeling.captured_decoding import DecodeStep, borrow_cache
+from nemotron_super.modeling.captured_decoding import CapturedReader, DecodeStep, borrow_cache
 from nemotron_super.modeling.static_cache import StaticHybridCache
 
 pytestmark = [
@@ -148,10 +148,18 @@ def test_a_step_does_not_wait(gpu_model):
         step = DecodeStep(model, cache, 2, None)
         for _ in range(3):
             step(token)
+            step.follow()
+        reader = CapturedReader(model, StaticHybridCache(model.config, 256), None)
+        token = reader.read_prompt(torch.randint(3, 4096, (2, 9)).cuda(), None, None)[:, -1].argmax(-1)
+        reader.begin(token)
+        reader.begin_rounds([100, 100], {5})
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step.compute(64)
+            step.compute(64, lambda logits: None)
             step(token)
+            step.follow()
+            for _ in range(4):  # run, recorded, replayed
+                reader.start_round(3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -58,6 +58,28 @@ def test_relu_squared(ops):
     close(ops.relu_squared(x), F.relu(x).square(), 1e-6)
 
 
+@pytest.mark.parametrize("classes", [1000, 131072])
+def test_likeliest(ops, classes):
+    logits = (rand(2, 3, classes) * 8).round().bfloat16()  # many are equal
+    out = torch.zeros(2, 5, dtype=torch.int64, device="cuda")
+    assert torch.equal(ops.likeliest(logits, out[:, 1:4]), logits.argmax(-1))
+    assert not out[:, ::4].any()
+
+
+def test_keep_drafts(ops):
+    def whole(*numbers):
+        return torch.tensor(numbers, device="cuda")
+
+    tokens, own = whole([5, 6, 7], [5, 6, 9], [5, 6, 7]), whole([6, 7, 8], [6, 7, 8], [6, 7, 8])
+    room, kept, newest, accepted = whole(9, 9, 9), whole(0, 0, 0), whole(0, 0, 0), whole(0, 0, 0)
+    room[2] = 1
+    positions = whole([10, 11], [20, 21], [30, 31])
+    ops.keep_drafts(tokens, own, whole(8, -1), room, kept, newest, positions, accepted)
+    assert kept.tolist() == [3, 2, 1] and newest.tolist() == [2, 1, 0] and accepted.tolist() == [2, 1, 2]
+    assert room.tolist() == [0, 7, 0] and positions[:, 0].tolist() == [13, 22, 31]
+    assert tokens[:, 0].tolist() == [8, 7, 6]
+
+
 def test_convolution(ops):
     x, weight, bias = rand(2, 50, 96), rand(96, 4), rand(96)
     padded = F.pad(x.mT, (3, 0))

@@ -9,6 +9,8 @@ from .add_rms_norm import add_rms_norm
 from .causal_conv1d import causal_conv1d, causal_conv1d_update
 from .decode_attention import decode_attention
 from .fill_slots import fill_slots
+from .keep_drafts import keep_drafts
+from .likeliest import likeliest
 from .linear_cross_entropy import linear_cross_entropy
 from .moe_experts import moe_experts
 from .quantized_experts import fp8_experts, nvfp4_experts
@@ -32,7 +34,9 @@ __all__ = [
     "fp8_linear",
     "gated_rms_norm",
     "joint_linear",
+    "keep_drafts",
     "layers",
+    "likeliest",
     "linear_cross_entropy",
     "moe_experts",
     "nvfp4_experts",
