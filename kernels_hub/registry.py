@@ -36,9 +36,9 @@ from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
 from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
 from .reference.decode_attention import decode_attention as _decode_attention
 from .reference.fill_slots import fill_slots as _fill_slots
-from .reference.linear import joint_linear as _joint_linear
 from .reference.keep_drafts import keep_drafts as _keep_drafts
 from .reference.likeliest import likeliest as _likeliest
+from .reference.linear import joint_linear as _joint_linear
 from .reference.linear import small_batch_linear as _small_batch_linear
 from .reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from .reference.moe_experts import moe_experts as _moe_experts

@@ -544,7 +544,7 @@ def round_by_hand(tokens, own, stops, room, place):
     right = 0
     while right < len(own) - 1 and tokens[right + 1] == own[right]:
         right += 1
-    taken = []
+    taken: list = []
     for token in own[: right + 1]:
         if len(taken) == room:
             break
