@@ -62,6 +62,8 @@ BUNDLE = Path(__file__).parent / "nemotron-h-kernels"
 SETTING = "NEMOTRON_SUPER_KERNELS"
 SOURCES = ("hub", "triton", "package", "torch")
 _SERVED = (torch.bfloat16, torch.float32)
+# Of a call of experts in float32; what serves more has to know on the host how many tokens each expert has.
+FLOAT32_TOKENS = 128
 
 
 class KernelError(RuntimeError):
@@ -193,8 +195,8 @@ def _route_few_limits(
 def _experts_limits(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> str | None:
     if up.dtype != x.dtype or down.dtype != x.dtype:
         return f"`x`, `up` and `down` are {x.dtype}, {up.dtype} and {down.dtype}: the kernel wants one dtype"
-    if x.dtype == torch.float32 and (torch.is_grad_enabled() or x.shape[0] > 16):
-        return "in float32 the kernel serves up to 16 tokens, without gradients"
+    if x.dtype == torch.float32 and (torch.is_grad_enabled() or x.shape[0] > FLOAT32_TOKENS):
+        return f"in float32 the kernel serves up to {FLOAT32_TOKENS} tokens, without gradients"
     if up.shape[0] > 32767:
         return f"{up.shape[0]} experts, the kernel serves up to 32767"
     if x.dtype == torch.bfloat16 and (x.shape[1] % 8 or up.shape[1] % 8):

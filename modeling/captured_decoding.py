@@ -80,8 +80,8 @@ def check_room_for(cache: StaticHybridCache, prompt: int, new: int, spare: int =
         )
 
 
-def _bind(model, cache: StaticHybridCache) -> None:
-    cache.graphs.bind(model)
+def _bind(model, cache: StaticHybridCache, tokens: int) -> None:
+    cache.graphs.bind(model, tokens)
     if cache.graphs.reason is not None and model.device.type == "cuda":
         logger.warning_once(f"Decoding steps are not recorded as CUDA graphs: {cache.graphs.reason}.")
 
@@ -102,7 +102,7 @@ class DecodeStep:
         self.tokens = cache.graphs.buffer("tokens", (batch, 1), torch.long, device)
         self.logits = cache.graphs.buffer("logits", (batch, model.config.vocab_size), torch.float32, device)
         cache.slots.begin(batch, device, attention_mask)
-        _bind(model, cache)
+        _bind(model, cache, batch)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         self.tokens.copy_(tokens.unsqueeze(1))
@@ -299,7 +299,7 @@ class CapturedReader(GrowingReader):
                 if layer.drafts.shape[:2] != (batch, LONGEST_STEP):
                     layer.drafts = torch.zeros(batch, LONGEST_STEP, inputs, dtype=dtype, device=device)
                 layer.read_ahead = self.ahead
-        _bind(self.model, cache)
+        _bind(self.model, cache, batch * LONGEST_STEP)
         # Of the prompt only the last position waits for the head, and nothing for the states.
         self.kept.zero_()
         self.newest.zero_()

@@ -19,8 +19,8 @@ _pools: dict[torch.device, Any] = {}
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
-def why_not_recorded(model: nn.Module) -> str | None:
-    """Why a model's steps cannot be recorded as CUDA graphs, or None if they can."""
+def why_not_recorded(model: nn.Module, tokens: int) -> str | None:
+    """Why steps of a model, of up to `tokens` tokens in all rows, cannot be recorded as CUDA graphs, or None if they can."""
     devices = {p.device for p in model.parameters()}
     if {d.type for d in devices} != {"cuda"}:
         return "its weights are not on a GPU"
@@ -31,6 +31,9 @@ def why_not_recorded(model: nn.Module) -> str | None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
         return "its quantised layers wait for the host"
+    kinds = (*model.config.layers_block_type, *(model.config.mtp_layers_block_type or ()))
+    if tokens > registry.FLOAT32_TOKENS and model.dtype == torch.float32 and "moe" in kinds:
+        return f"in float32 its experts wait for the host where a step has more than {registry.FLOAT32_TOKENS} tokens"
     return None
 
 
@@ -102,9 +105,9 @@ class CUDAGraphs:
         self._warm: set[Hashable] = set()
         self._state: tuple | None = None
 
-    def bind(self, model: nn.Module) -> None:
-        """Called before a loop: forget graphs of another state of the model."""
-        self.reason, self._device = why_not_recorded(model), next(model.parameters()).device
+    def bind(self, model: nn.Module, tokens: int) -> None:
+        """Called before a loop of steps of up to `tokens` tokens: forget graphs of another state of the model."""
+        self.reason, self._device = why_not_recorded(model, tokens), next(model.parameters()).device
         if self.reason is None:
             state = state_of(model)
             if state != self._state:

@@ -114,7 +114,7 @@ class ReplayedOnCPU:
 
     def __init__(self, patch):
         self.counts: Counter[str] = Counter()
-        patch.setattr(cuda_graphs, "why_not_recorded", lambda model: None)
+        patch.setattr(cuda_graphs, "why_not_recorded", lambda *args: None)
         patch.setattr(cuda_graphs, "warm_up", self.warm_up)
         patch.setattr(cuda_graphs, "record", self.record)
         patch.setattr(latent_moe, "moe_experts", dense_experts)

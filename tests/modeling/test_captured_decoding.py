@@ -289,7 +289,7 @@ def test_drafts_behind_an_earlier_turn(make_model, prompts):
 def test_steps_reach_what_they_fill(make_model, monkeypatch, prompts):
     """Though the host may not know yet how far the rows have come."""
     monkeypatch.setattr(static_cache, "_SHORTEST_REACH", 8)
-    monkeypatch.setattr(cuda_graphs, "why_not_recorded", lambda model: "positions are looked at")
+    monkeypatch.setattr(cuda_graphs, "why_not_recorded", lambda *args: "positions are looked at")
     model = agree(make_model("ME*M-", **MTP), 8.0)
     fixed, reaches = static_cache.Slots.fixed, set()
 
@@ -509,7 +509,7 @@ def test_another_state_of_the_model_is_recorded_anew(make_model, replayed, promp
 
 def test_why_a_model_is_not_recorded(make_model):
     model = make_model("ME*")
-    assert "not on a GPU" in why_not_recorded(model)
+    assert "not on a GPU" in why_not_recorded(model, 1)
 
 
 def test_idle_caches(make_model, prompts):

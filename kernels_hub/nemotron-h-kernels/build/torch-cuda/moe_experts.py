@@ -242,7 +242,7 @@ def _(x, index, weights, up, down):
 
 @operator("moe_experts_inference")
 def _inference(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    if x.shape[0] <= _FEW:
+    if x.shape[0] <= _FEW or x.dtype == torch.float32:
         return _few_tokens(x, index, weights, up, down)
     if index.numel() <= _READING * up.shape[0] and serves(x, up, down):
         return _combine(*grouped_experts(x, index, up, down), weights, *index.shape, x)
@@ -315,7 +315,7 @@ def moe_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Ten
     """Weighted sum of the chosen experts' outputs.
 
     Args:
-        x: (tokens, width), bfloat16 (float32 too, for up to 16 tokens without gradients).
+        x: (tokens, width), bfloat16 (float32 too, for up to 128 tokens without gradients).
         index: (tokens, top_k) int64, chosen experts.
         weights: (tokens, top_k) float32, their weights.
         up: (experts, intermediate, width), contiguous.
