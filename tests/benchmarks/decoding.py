@@ -337,7 +337,7 @@ def main() -> None:
     if options.save:
         rounded = json.loads(json.dumps(found), parse_float=lambda x: round(float(x), 4))
         record = {
-            "date": datetime.date.today().isoformat(),
+            "dates": dict.fromkeys(found, datetime.date.today().isoformat()),
             "hardware": hardware(device),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -348,7 +348,8 @@ def main() -> None:
         file = RESULTS / f"decoding_{shape}.json"
         file.parent.mkdir(exist_ok=True)
         if options.only and file.exists():
-            record = {**json.loads(file.read_text()), **rounded}
+            before = json.loads(file.read_text())
+            record = {**before, **rounded, "dates": {**before["dates"], **record["dates"]}}
         file.write_text(json.dumps(record, indent=1) + "\n")
         if "context" in found:
             plot(found["context"], RESULTS / f"decoding_memory_{shape}.png")
