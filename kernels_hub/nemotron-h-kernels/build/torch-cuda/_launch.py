@@ -1,4 +1,4 @@
-"""What every launch needs: the device of its tensors and what it is, and block sizes."""
+"""What every launch needs: the device of its tensors and what it is, block sizes, and rows without gaps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ def block(size: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(size))
 
 
+def dense(x: Tensor) -> Tensor:
+    """The tensor itself wherever its last dimension lies without gaps, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def rows_of(x: Tensor) -> Tensor:
     """(..., width) as (rows, width) with dense rows; a view wherever strides allow, such as a slice of a projection."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x.reshape(-1, x.shape[-1])
+    return dense(x).reshape(-1, x.shape[-1])

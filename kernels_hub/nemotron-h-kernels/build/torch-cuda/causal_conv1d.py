@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on
+from ._launch import dense, on
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 
@@ -251,17 +251,13 @@ def _update_kernel(
     tl.store(out + batch * channels + c, (total * tl.sigmoid(total)).to(out.dtype.element_ty), mask=inside_c)
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @operator("causal_conv1d")
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
     batch, length, channels = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    x, weight = _dense(x), weight.contiguous()
+    x, weight = dense(x), weight.contiguous()
     grid = (triton.cdiv(length, _POSITIONS), triton.cdiv(channels, _CHANNELS), batch)
     with on(x):
         _forward_kernel[grid](
@@ -297,7 +293,7 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, channels = x.shape
     kernel = weight.shape[1]
-    grad, x, weight = grad.contiguous(), _dense(x), weight.contiguous()
+    grad, x, weight = grad.contiguous(), dense(x), weight.contiguous()
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_state = torch.zeros((batch, channels, kernel), dtype=torch.float32, device=x.device)
     if grad_x.numel() == 0:
@@ -377,7 +373,7 @@ def _update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     batch, channels = x.shape
     kernel = weight.shape[1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x, weight = _dense(x), weight.contiguous()
+    x, weight = dense(x), weight.contiguous()
     with on(x):
         _update_kernel[(batch, triton.cdiv(channels, 128))](
             state,

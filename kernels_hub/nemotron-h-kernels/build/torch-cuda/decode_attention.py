@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, gpu, on
+from ._launch import block, dense, gpu, on
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, previous_done
 
@@ -241,8 +241,7 @@ def _attend(
     pairs = k_scale is not None and query.dtype != torch.float32
     if pairs:
         key, value = key.view(torch.int16), value.view(torch.int16)
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    last = last.contiguous()
+    query, last = dense(query), last.contiguous()
     groups = heads // kv_heads
     rows = groups * seq
     R, N, warps, stages = _tiles(rows, width, query.dtype)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on
+from ._launch import dense, on
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, previous_done
 
@@ -73,10 +73,6 @@ def _fill_kernel(
     tl.store(values + batch * values_batch + head * values_head + slot * values_slot + d, value, mask=inside)
 
 
-def _dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 @operator("fill_slots", mutates_args=("keys", "values"))
 def _fill(
     keys: Tensor,
@@ -90,7 +86,7 @@ def _fill(
     batch, heads, tokens, width = new_keys.shape
     if new_keys.numel() == 0:
         return
-    new_keys, new_values, index = _dense(new_keys), _dense(new_values), index.contiguous()
+    new_keys, new_values, index = dense(new_keys), dense(new_values), index.contiguous()
     with on(keys):
         _fill_kernel[(batch * tokens, triton.cdiv(heads * width, _SIZE))](
             keys,

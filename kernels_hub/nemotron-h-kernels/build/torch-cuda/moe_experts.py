@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on
+from ._launch import dense, on
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 from .grouped_experts import grouped_experts, serves
@@ -171,7 +171,7 @@ def _combine(y: Tensor, place: Tensor | None, weights: Tensor | None, tokens: in
 def _few_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
     tokens, top_k = index.shape
     inner, width = up.shape[1:]
-    x, index = x if x.stride(-1) == 1 else x.contiguous(), index.contiguous()
+    x, index = dense(x), index.contiguous()
     pairs = tokens * top_k
     hidden = torch.empty(pairs, inner, dtype=torch.float32, device=x.device)
     y = torch.empty(pairs, width, dtype=torch.float32, device=x.device)

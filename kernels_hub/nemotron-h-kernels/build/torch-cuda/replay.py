@@ -12,16 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, on
+from ._launch import block, dense, on
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 from .selective_state_update import ANY_STEP, decay_of, prefetch_state, time_step
 
 _ROWS = 16  # of the state a program advances, as for one token
 _TOKENS, _CHANNELS = 8, 128  # that a program convolves at once
-_AHEAD = tl.constexpr(
-    4
-)  # tokens whose inputs are on their way together: one after another, each would wait for its own
+# Tokens whose inputs are on their way together: one after another, each would wait for its own.
+_AHEAD = tl.constexpr(4)
 
 
 @triton.jit
@@ -227,10 +226,6 @@ def _state_kernel(
             tl.store(to, out.to(y.dtype.element_ty), mask=p_in & (first + i < tokens))
 
 
-def _dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 @operator("causal_conv1d_replay", mutates_args=("state", "drafts"))
 def _conv(
     state: Tensor,
@@ -246,7 +241,7 @@ def _conv(
     out = torch.empty(batch, settled + new, width, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    x, weight = _dense(x), weight.contiguous()
+    x, weight = dense(x), weight.contiguous()
     held = x if drafts is None else drafts
     with on(x):
         _conv_kernel[(batch, triton.cdiv(width, _CHANNELS))](
@@ -294,7 +289,7 @@ def _state(
 ) -> Tensor:
     batch, tokens, heads, head_dim = x.shape
     state_size = state.shape[3]
-    x, dt, B, C = _dense(x), _dense(dt), _dense(B), _dense(C)
+    x, dt, B, C = dense(x), dense(dt), dense(B), dense(C)
     y = torch.empty(batch, tokens - settled, heads, head_dim, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, on
+from ._launch import block, dense, on
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 
@@ -114,10 +114,6 @@ def _update_kernel(
     tl.store(y + (batch * heads + head) * P + p, out.to(y.dtype.element_ty), mask=p_in)
 
 
-def _dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 @operator("selective_state_update", mutates_args=("state",))
 def _update(
     state: Tensor,
@@ -133,7 +129,7 @@ def _update(
     live: Tensor | None,
 ) -> Tensor:
     batch, heads, head_dim, state_size = state.shape
-    x, dt, B, C = _dense(x), _dense(dt), _dense(B), _dense(C)
+    x, dt, B, C = dense(x), dense(dt), dense(B), dense(C)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = min(_ROWS, triton.next_power_of_2(head_dim))
     with on(x):

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._epilogue import finish, finished, fits, two_terms
-from ._launch import on
+from ._launch import dense, on
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 from ._parts import add_parts, parts_of
@@ -126,13 +126,9 @@ def _stream_kernel(
     tl.store(out + part.to(tl.int64) * tokens * width + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def _dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def _alike(weights: Sequence[Tensor]) -> list[Tensor]:
     """With dense rows, and several of them with rows as far apart."""
-    return [_dense(w) if len(weights) == 1 else w.contiguous() for w in weights]
+    return [dense(w) if len(weights) == 1 else w.contiguous() for w in weights]
 
 
 def _stream(
@@ -194,7 +190,7 @@ def few_rows(
     out = torch.empty(x.shape[0], sum(w.shape[0] for w in weights), dtype=dtype or x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    x, weights = _dense(x), _alike(weights)
+    x, weights = dense(x), _alike(weights)
     cut = _Cut.of(x, weights)
     target = parts_of(out, cut.parts)
     _stream(x, weights, target, cut, bias, relu2, plus)
@@ -205,7 +201,7 @@ def few_rows(
 
 def sums_of_few_rows(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """As `few_rows`, for a kernel that adds up itself: (parts, tokens, sum of out), float32."""
-    x, weights = _dense(x), _alike(weights)
+    x, weights = dense(x), _alike(weights)
     cut = _Cut.of(x, weights)
     sums = torch.empty(cut.parts, x.shape[0], sum(w.shape[0] for w in weights), dtype=torch.float32, device=x.device)
     _stream(x, weights, sums, cut)

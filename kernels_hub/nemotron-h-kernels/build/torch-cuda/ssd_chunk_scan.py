@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, on
+from ._launch import block, dense, on
 from ._operator import operator
 
 # head_dim and state_size that are served compiled: blocks without a rest, no smaller than tensor cores want them. 64 and 128 are those
@@ -595,15 +595,11 @@ def _keys_kernel(
     tl.store(sum_C + place, d_C.to(sum_C.dtype.element_ty), mask=inside_n)
 
 
-def _dense(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 class _Arguments:
     """The arguments both kernels share, checked and in order."""
 
     def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq_idx: Tensor | None):
-        self.x, self.dt, self.B, self.C = _dense(x), _dense(dt), _dense(B), _dense(C)
+        self.x, self.dt, self.B, self.C = dense(x), dense(dt), dense(B), dense(C)
         self.A, self.D = A.contiguous(), D.contiguous()
         self.packed = seq_idx is not None
         self.seq_idx = self.x if seq_idx is None else seq_idx.contiguous()
