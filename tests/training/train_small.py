@@ -114,6 +114,7 @@ def main() -> None:
     trainer.save_model(str(options.output / "final"))  # gathers what is sharded
     if trainer.args.process_index == 0:
         (options.output / "log.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.accelerator.end_training()  # threads of the process group must not outlive the interpreter
 
 
 if __name__ == "__main__":
