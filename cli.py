@@ -53,8 +53,6 @@ def hand_over(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Run what a YAML file describes; with several devices, start it by `accelerate launch -m nemotron_super.cli`."""
-    from accelerate import PartialState
-
     from .training.documents import DataError
     from .training.run import run
     from .training.trainer import TrainingStoppedError
@@ -65,8 +63,6 @@ def train(arguments: argparse.Namespace) -> None:
     except (ConfigError, DataError, TrainingStoppedError) as error:
         raise SystemExit(f"nemotron-super {arguments.command}: {error}") from error
     print(f"Done: {Path(config.output) / 'REPORT.md'}")
-    # Threads of several devices' process group must not outlive the interpreter.
-    PartialState().destroy_process_group()
 
 
 def kernels(arguments: argparse.Namespace) -> None:
