@@ -95,7 +95,7 @@ class _Rows:
         # Where somebody looks at it, the text lies on the device too. The last step may offer a row more than there is room for.
         self.written: Tensor | None = None
         if processors or self.usual is None:
-            self.written = input_ids.new_zeros(batch, max(max_length, length) + MOST_DEPTHS + 1)
+            self.written = input_ids.new_zeros(batch, max(max_length, length) + LONGEST_STEP)
             self.written[:, :length] = input_ids
 
     def open_rows(self) -> list[int]:
