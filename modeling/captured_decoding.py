@@ -2,19 +2,19 @@
 
 Plain decoding (`sample_captured`) takes transformers' own loop apart: prompt, logits processors, sampling and stopping rules
 are transformers', only the forward of a token is ours. The next step is launched before the host looks at whether this one
-was the last, so that the device has work while the host runs processors and rules. Where nothing but the likeliest token is
-wanted, the step chooses it too, and nothing lies between two steps.
+was the last, so that the device has work while the host runs processors and rules. Where processors look at scores alone, as
+those of sampling do, the step chooses the token too, and nothing lies between two steps.
 
 Decoding with MTP (`CapturedReader`) answers the calls of `drafting.GrowingReader` with three kinds of steps: the head on what
 was settled, the head on a draft, and the backbone on a token and its drafts; or all of a round as one, where it always drafts as
-many tokens and the likeliest: then the device decides what is kept and where each row ends, and the host reads along. Taking
+many tokens, and chooses them by their scores alone: then the device decides what is kept and where each row ends, and the host reads along. Taking
 drafts back is a smaller position for attention, and for Mamba-2 a replay of the kept inputs at the beginning of the next step.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
-from ..kernels_hub.registry import keep_drafts, likeliest
+from ..kernels_hub.registry import keep_drafts
+from .choosing import Choice, draw
 from .drafting import GrowingReader, tokens_behind
+from .speculative import target_tokens
 from .static_cache import LONGEST_STEP, ReadAhead, StaticHybridCache, StaticMamba2Layer, StaticMTPCache, round_up
 from .stopping_rules import UsualRules
 
@@ -89,7 +91,7 @@ def _bind(model, cache: StaticHybridCache, tokens: int) -> None:
 class DecodeStep:
     """One token for every row: `step(tokens)` gives the logits of the next, (batch, vocab) float32, in a buffer of its own.
 
-    `follow` goes on by itself, from the tokens (batch, 1) in the buffer `tokens`, which it replaces by the likeliest ones behind.
+    `follow` goes on by itself, from the tokens (batch, 1) in the buffer `tokens`, which it replaces by those chosen behind them.
 
     Args:
         cache: holds the prompt.
@@ -109,11 +111,11 @@ class DecodeStep:
         self._run("token", lambda logits: self.logits.copy_(logits[:, 0]))
         return self.logits
 
-    def follow(self) -> None:
-        """Read the tokens in the buffer, and put the likeliest behind them in their place."""
-        self._run("likeliest", lambda logits: likeliest(logits, self.tokens))
+    def follow(self, choice: Choice) -> None:
+        """Read the tokens in the buffer, and put those chosen behind them in their place."""
+        self._run(("chosen token", choice.key), lambda logits: choice.choose(logits, self.tokens))
 
-    def _run(self, name: str, leave: Callable[[Tensor], object]) -> None:
+    def _run(self, name: Hashable, leave: Callable[[Tensor], object]) -> None:
         slots = self.cache.slots
         reach = slots.reach_for(slots.seen + 1)
         self.cache.graphs.run((name, reach), lambda: self.compute(reach, leave))
@@ -184,15 +186,18 @@ def sample_captured(
     rules = None if seen else UsualRules.of(stopping_criteria)
     ends: list[int | None] = [None] * batch  # of rows that the rules have ended
     # Where nothing but the length and the newest token is asked for, the device need not know the text.
-    follows = rules is not None and not (config.do_sample or logits_processor)
+    choice = None if rules is None else Choice.of(config.do_sample, logits_processor)
+    follows = choice is not None
     ids = input_ids.new_empty(batch, 0 if follows else config.max_length)
     ids[:, :length] = input_ids[:, : ids.shape[1]]
     written: list[Tensor] = []  # (batch,) each, on the host
 
+    numbers = _generator(input_ids.device) if config.do_sample else None
+
     def go_on() -> Tensor | None:
         """Logits behind the newest tokens; None where the step itself chooses the next."""
-        if follows:
-            step.follow()
+        if choice is not None:
+            step.follow(choice)
             return None
         return step(tokens).to(input_ids.device)
 
@@ -204,7 +209,7 @@ def sample_captured(
             if all_logits is not None:
                 all_logits += (logits.clone(),)
             if config.do_sample:
-                tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+                tokens = draw(scores.softmax(-1))
             else:
                 tokens = scores.argmax(-1)
             if pads and rules is None:
@@ -223,6 +228,7 @@ def sample_captured(
         # A step too many costs less than waiting, but a cache that somebody goes on with must not have seen it.
         early = not full and not returned
         if early:
+            state = numbers.get_state() if numbers is not None else None
             logits = go_on()
         told, *still_open = news.wait()
         if rules is None:
@@ -234,6 +240,8 @@ def sample_captured(
         if streamer is not None:
             streamer.put(told)
         if full or not going:
+            if early and numbers is not None:
+                numbers.set_state(state)  # what a step too many has drawn, the next call draws
             break
         if not early:
             logits = go_on()
@@ -245,6 +253,13 @@ def sample_captured(
     if not config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(sequences=sequences, scores=all_scores, logits=all_logits, cache=cache)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Where a device takes its random numbers from, unless told otherwise."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 def _note_ends(ends: list[int | None], tokens: Tensor, length: int, rules: UsualRules, pad: Tensor | None) -> Tensor:
@@ -394,8 +409,8 @@ class CapturedReader(GrowingReader):
         self.stops.fill_(-1)
         self.stops[: len(stops)] = torch.tensor(sorted(stops), dtype=torch.long)
 
-    def start_round(self, depth: int) -> HostCopy:
-        """Draft the likeliest tokens, read them, and keep those that the backbone would have written, in one step.
+    def start_round(self, depth: int, choice: Choice) -> HostCopy:
+        """Draft tokens, read them, and keep those that the backbone writes too, in one step.
 
         Returns:
             (batch, 1 + LONGEST_STEP) int64: how many of the `depth` drafts were right, and what the backbone writes behind the
@@ -404,20 +419,24 @@ class CapturedReader(GrowingReader):
         count = depth + 1
         self.under_way += 1
         reaches = self._reaches(self.under_way * count)
-        self.cache.graphs.run(("round", count, *reaches), lambda: self._compute_round(count, *reaches))
+        self.cache.graphs.run(
+            ("round", count, *reaches, choice.key), lambda: self._compute_round(count, *reaches, choice)
+        )
         self.last_read = count
         return HostCopy(self.news)
 
-    def _compute_round(self, count: int, head_reach: int, reach: int) -> None:
+    def _compute_round(self, count: int, head_reach: int, reach: int, choice: Choice) -> None:
         logits_of = self.model.get_output_embeddings()
-        hidden = self._compute_first(count, head_reach)
-        likeliest(logits_of(hidden), self.tokens[:, 1:2])
-        for made in range(1, count - 1):
-            hidden = self._compute_next(hidden, made, head_reach)
-            likeliest(logits_of(hidden), self.tokens[:, made + 1 : made + 2])
+        hidden, chances = self._compute_first(count, head_reach), []
+        for made in range(1, count):
+            if made > 1:
+                hidden = self._compute_next(hidden, made - 1, head_reach)
+            chances.append(choice.choose(logits_of(hidden), self.tokens[:, made : made + 1]))
+        q = torch.cat(chances, 1) if choice.drawn else None
         own = self.following[:, :count]
         # In the first round too: no row keeps anything of what was read before it.
-        likeliest(self._compute_read(count, count, reach), own)
+        scores = choice.scores(self._compute_read(count, count, reach))
+        target_tokens(scores, self.tokens[:, 1:count], q, own)
         positions = self.cache.slots.positions
         keep_drafts(
             self.tokens[:, :count], own, self.stops, self.room, self.kept, self.newest, positions, self.accepted

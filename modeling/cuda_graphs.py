@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from ..kernels_hub import registry
 
+# Graphs of one cache: beyond these the one that was not used for longest is forgotten. Each way to sample has graphs of its own.
+_MOST_GRAPHS = 64
+
 # Graphs of one device share their memory: they run one after another, and leave results only in buffers of their own.
 _pools: dict[torch.device, Any] = {}
 _streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -132,9 +135,13 @@ class CUDAGraphs:
             warm_up(self._device, step)
             self._warm.add(key)
             return
-        if key not in self._graphs:
-            self._graphs[key] = record(self._device, step)
-        self._graphs[key].replay()
+        graph = self._graphs.pop(key, None) or record(self._device, step)
+        graph.replay()
+        self._graphs[key] = graph  # the last of them, as the newest in use
+        if len(self._graphs) > _MOST_GRAPHS:
+            oldest = next(iter(self._graphs))
+            del self._graphs[oldest]
+            self._warm.discard(oldest)
 
     def __len__(self) -> int:
         return len(self._graphs)

@@ -5,7 +5,8 @@ acceptance rule keeps a beginning of them and adds one token of the backbone's o
 decoding gives the same tokens as without drafts, sampling the same distribution.
 
 The loop is the same for caches that grow and for those of fixed size; what differs is the reader it works on. From a cache of
-fixed size, drafts that are always as many and the likeliest are whole rounds of the device, which the host reads along.
+fixed size, drafts that are always as many, and chosen by their scores alone, are whole rounds of the device, which the host reads
+along.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache import ROLLBACK_LIMIT, HybridCache
 from .captured_decoding import CapturedReader, HostCopy, check_room_for, give_back_cache
+from .choosing import Choice, draw
 from .drafting import MOST_DEPTHS, GrowingReader
-from .speculative import accept_greedy, accept_sampled
+from .speculative import accept, target_tokens
 from .static_cache import LONGEST_STEP, StaticHybridCache
 from .stopping_rules import UsualRules
 
@@ -80,13 +82,19 @@ class _Rows:
     """
 
     def __init__(
-        self, input_ids: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList, max_length: int
+        self,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        max_length: int,
+        choice: Choice | None,
     ):
         batch, length = input_ids.shape
         self.prompt = input_ids
         self.texts: list[list[int]] = [[] for _ in range(batch)]  # behind the prompt
         self.lengths, self.prompt_length = [length] * batch, length
         self.processors, self.criteria, self.max_length = processors, criteria, max_length
+        self.choice = choice  # where the processors look at scores alone
         self.scores: list[list[Tensor]] = [[] for _ in self.lengths]
         self.logits: list[list[Tensor]] = [[] for _ in self.lengths]
         self.ends: list[int | None] = [None] * batch  # length at which a row was finished
@@ -94,7 +102,7 @@ class _Rows:
         self.usual = UsualRules.of(criteria)
         # Where somebody looks at it, the text lies on the device too. The last step may offer a row more than there is room for.
         self.written: Tensor | None = None
-        if processors or self.usual is None:
+        if choice is None or self.usual is None:
             self.written = input_ids.new_zeros(batch, max(max_length, length) + LONGEST_STEP)
             self.written[:, :length] = input_ids
 
@@ -113,8 +121,8 @@ class _Rows:
 
     def process(self, logits: Tensor, drafts: Tensor, behind: int = 0) -> Tensor:
         """Scores for (batch, n, vocab) logits, the i-th of which follows a row's tokens and its first `behind + i` drafts."""
-        if not self.processors:
-            return logits
+        if self.choice is not None:
+            return self.choice.scores(logits)
         assert self.written is not None
         scores = logits.clone()
         for length in sorted({self.lengths[row] for row in self.open_rows()}):
@@ -262,14 +270,13 @@ def generate_with_mtp(
         reader = CapturedReader(model, cache, attention_mask)
     else:
         reader = GrowingReader(model, cache, attention_mask)
-    rows = _Rows(input_ids, logits_processor, stopping_criteria, config.max_length)
+    choice = Choice.of(config.do_sample, logits_processor)
+    rows = _Rows(input_ids, logits_processor, stopping_criteria, config.max_length, choice)
     statistics = MTPStatistics()
 
     def choose(logits: Tensor, drafts: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         scores = rows.process(logits, drafts)
-        if config.do_sample:
-            return *accept_sampled(drafts, q if q is not None else logits[:, :0], scores), scores
-        return *accept_greedy(drafts, scores), scores
+        return *accept(drafts, target_tokens(scores, drafts, q)), scores
 
     def take(
         row: int, right: int, values: list[int], offered: int, scores: Tensor | None, logits: Tensor | None
@@ -283,7 +290,7 @@ def generate_with_mtp(
 
     logits = reader.read_prompt(input_ids, inputs_embeds, config.prefill_chunk_size)
     no_drafts = input_ids.new_empty(batch, 0)
-    _, token, scores = choose(logits, no_drafts, None)
+    _, token, scores = choose(logits, no_drafts, logits[:, :0] if config.do_sample else None)
     values = token.tolist()
     for row in range(batch):
         rows.append(row, values[row : row + 1], scores[row], logits[row], keep)
@@ -293,10 +300,10 @@ def generate_with_mtp(
 
     depth, schedule = config.num_assistant_tokens, config.num_assistant_tokens_schedule
     threshold = config.assistant_confidence_threshold
-    # Nothing but the likeliest tokens, always as many drafts, nobody to show logits to: then a round is one step.
-    asked = config.do_sample or rows.processors or threshold or any(keep)
-    if isinstance(reader, CapturedReader) and schedule == "constant" and not asked:
-        _read_along(reader, rows, depth, UsualRules(stopping_criteria).stops, take)
+    # Always as many drafts, no processor that wants the text, nobody to show logits to: then a round is one step.
+    steady = schedule == "constant" and not (threshold or any(keep))
+    if isinstance(reader, CapturedReader) and choice is not None and steady:
+        _read_along(reader, rows, depth, choice, UsualRules(stopping_criteria).stops, take)
     while open_rows := rows.open_rows():
         # A step yields one token more than it drafts; none may lie behind `max_length`.
         room = rows.room(open_rows)
@@ -334,8 +341,10 @@ def generate_with_mtp(
     )
 
 
-def _read_along(reader: CapturedReader, rows: _Rows, depth: int, stops: set[int], take: Callable[..., int]) -> None:
-    """Rounds of greedy drafts up to the end. Each is launched before the host has seen the one before it.
+def _read_along(
+    reader: CapturedReader, rows: _Rows, depth: int, choice: Choice, stops: set[int], take: Callable[..., int]
+) -> None:
+    """Rounds up to the end. Each is launched before the host has seen the one before it.
 
     Args:
         take: writes a row's tokens, as in `generate_with_mtp`.
@@ -345,12 +354,12 @@ def _read_along(reader: CapturedReader, rows: _Rows, depth: int, stops: set[int]
         return
     batch = len(rows.lengths)
     reader.begin_rounds([rows.max_length - n if row in open_rows else 0 for row, n in enumerate(rows.lengths)], stops)
-    news: HostCopy | None = reader.start_round(depth)
+    news: HostCopy | None = reader.start_round(depth, choice)
     while news is not None:
         # A round too many keeps nothing, but takes its time: none is launched where this one may reach the length of all rows.
         # What the device does not know ends a row within a round, which must then be the newest.
         room = rows.room(open_rows)
-        early = reader.start_round(depth) if rows.usual is not None and room > depth + 1 else None
+        early = reader.start_round(depth, choice) if rows.usual is not None and room > depth + 1 else None
         (found,) = news.wait()
         going = [0] * batch
         for row, (right, *values) in enumerate(found.tolist()):
@@ -362,7 +371,7 @@ def _read_along(reader: CapturedReader, rows: _Rows, depth: int, stops: set[int]
         if rows.usual is None:
             for row in set(before).difference(open_rows):
                 reader.end_row(row, going[row])
-        news = (early or reader.start_round(depth)) if open_rows else None
+        news = (early or reader.start_round(depth, choice)) if open_rows else None
 
 
 def _draft(
@@ -380,7 +389,7 @@ def _draft(
         scores = rows.process(logits, drafts, behind=made)[:, -1]
         if do_sample:
             chance = scores.softmax(-1)
-            token = torch.multinomial(chance, 1)
+            token = draw(chance).unsqueeze(1)
             chances.append(chance)
         else:
             token = scores.argmax(-1, keepdim=True)
@@ -392,7 +401,9 @@ def _draft(
             if all(confidence[row] < threshold for row in rows.open_rows()):
                 break
         logits = reader.next_draft(token)
-    return drafts, torch.stack(chances, dim=1) if chances else None
+    if not do_sample:
+        return drafts, None
+    return drafts, torch.stack(chances, dim=1) if chances else logits[:, :0]
 
 
 assert MOST_DEPTHS < ROLLBACK_LIMIT

@@ -81,8 +81,10 @@ class Recording(NoWaiting):
         super().__init__()
         self.calls: list[tuple] = []
         self.before: list[tuple] = []
+        numbers = torch.get_rng_state()
         with self:
             step()
+        torch.set_rng_state(numbers)
         for tensor, value in reversed(self.before):
             tensor.copy_(value)
 
@@ -107,6 +109,20 @@ def dense_experts(x, index, weights, up, down):
     """Routed experts without the host, which on a CPU visits one expert after another: chosen weights are gathered."""
     hidden = torch.einsum("ti,tkhi->tkh", x, up[index]).relu().square()
     return torch.einsum("tkh,tkoh,tk->to", hidden, down[index], weights.to(x.dtype))
+
+
+def chance_that_two_samples_differ_so(first, second):
+    """p of Pearson's chi-square for two samples (draws, tokens) of equal size; rare outcomes count as one."""
+    _, outcome = torch.cat([first, second]).unique(dim=0, return_inverse=True)
+    counts = torch.stack(
+        [torch.bincount(part, minlength=int(outcome.max()) + 1) for part in outcome.chunk(2)]
+    ).double()
+    rare = counts.sum(0) < 10
+    counts = torch.cat([counts[:, ~rare], counts[:, rare].sum(1, keepdim=True)], 1)
+    expected = counts.mean(0)  # half of both samples is what each is expected to hold
+    statistic = ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    freedom = ((expected > 0).sum() - 1).double()
+    return float(1 - torch.special.gammainc(freedom / 2, statistic / 2))
 
 
 class ReplayedOnCPU:
@@ -139,6 +155,12 @@ def prompts():
 def rules():
     """`StopAfter`, a stopping rule; `Forbid`, a logits processor; `Recorder`, a streamer."""
     return SimpleNamespace(StopAfter=StopAfter, Forbid=Forbid, Recorder=Recorder)
+
+
+@pytest.fixture(scope="session")
+def chance_of_difference():
+    """`chance_of_difference(first, second)`: how likely two samples of one distribution differ as much."""
+    return chance_that_two_samples_differ_so
 
 
 @pytest.fixture(scope="session")

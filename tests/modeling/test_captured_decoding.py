@@ -9,16 +9,22 @@ from hypothesis import strategies as st
 from nemotron_super.modeling import captured_decoding, cuda_graphs, static_cache
 from nemotron_super.modeling.cache import HybridCache
 from nemotron_super.modeling.captured_decoding import CapturedReader, DecodeStep, borrow_cache, forget_idle_caches
+from nemotron_super.modeling.choosing import Choice
 from nemotron_super.modeling.cuda_graphs import why_not_recorded
 from nemotron_super.modeling.drafting import GrowingReader
 from nemotron_super.modeling.snapshot import load_snapshot, save_snapshot
 from nemotron_super.modeling.static_cache import StaticHybridCache, round_up
 from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessorList, StaticCache, StoppingCriteriaList
+from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 MTP = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
 PATTERNS = ["ME*M-", "M-M", "*-*", "ME"]
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+CHOICES = [
+    Choice(drawn=False),
+    Choice(True, [TemperatureLogitsWarper(0.7), TopKLogitsWarper(9), TopPLogitsWarper(0.9)]),
+]
 
 
 def tensors_of(cache):
@@ -165,7 +171,8 @@ def test_a_step_does_not_wait(make_model, prompts, no_waiting):
         step = DecodeStep(model, cache, 2, None)
         with no_waiting():
             step(token)
-            step.follow()
+            for choice in CHOICES:
+                step.follow(choice)
         with pytest.raises(AssertionError, match="the host waits"), no_waiting():
             model(token.unsqueeze(1), attention_mask=torch.ones(2, 8, dtype=torch.long), cache=cache)
 
@@ -180,7 +187,8 @@ def test_a_step_does_not_wait(make_model, prompts, no_waiting):
                 reader.settle([1, 2], token, [0, 1])
             reader.begin_rounds([20, 30], {5})
             for _ in range(2):
-                reader.start_round(3)
+                for choice in CHOICES:
+                    reader.start_round(3, choice)
 
 
 def agree(model, strength):
@@ -203,16 +211,21 @@ def agree(model, strength):
     padding=st.booleans(),
     new=st.integers(1, 14),
     eos=st.sampled_from([None, 5, [5, 17, 40]]),
+    sampling=st.sampled_from(
+        [{}, {"do_sample": True, "top_k": 0}, {"do_sample": True, "temperature": 1.3, "top_p": 0.8, "min_p": 0.02}]
+    ),
 )
-def test_steps_that_choose(pattern, seed, rows, padding, new, eos, make_model, replayed, prompts):
-    """The likeliest token chosen by the step itself: the same text, and nothing else is recorded."""
+def test_steps_that_choose(pattern, seed, rows, padding, new, eos, sampling, make_model, replayed, prompts):
+    """The token chosen by the step itself: the same text, the same random numbers are left, and nothing else is recorded."""
     model = make_model(pattern, seed=seed, scale=(1.0, 4.0)[seed % 2])
     ids, mask = prompts(rows, 5, padding, seed)
-    options = GREEDY | {"attention_mask": mask, "max_new_tokens": new, "eos_token_id": eos}
-    expected = model.generate(ids, **options)
-    for _ in range(2):
-        assert model.generate(ids, cache_implementation="static", **options).equal(expected)
-    assert {name for name, *_ in borrow_cache(model, rows, 10).graphs._graphs} <= {"likeliest"}
+    options = GREEDY | {"attention_mask": mask, "max_new_tokens": new, "eos_token_id": eos} | sampling
+    written = []
+    for cache in ({}, *[{"cache_implementation": "static"}] * 3):
+        torch.manual_seed(seed)
+        written.append([*model.generate(ids, **options, **cache).flatten().tolist(), float(torch.rand(()))])
+    assert written == [written[0]] * 4
+    assert {name for (name, _), _ in borrow_cache(model, rows, 10).graphs._graphs} <= {"chosen token"}
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
@@ -314,9 +327,9 @@ def test_rounds_are_launched_ahead(make_model, monkeypatch, prompts, rules):
     ids, _ = prompts(1, 6, False, 0)
     events, start, wait = [], CapturedReader.start_round, captured_decoding.HostCopy.wait
 
-    def started(self, depth):
+    def started(self, depth, choice):
         events.append("start")
-        return start(self, depth)
+        return start(self, depth, choice)
 
     def waited(self):
         events.append("wait")
@@ -351,6 +364,25 @@ def test_one_recording_serves_all_rounds(make_model, replayed, prompts):
     for seed in range(3):
         model.generate(prompts(2, 5 + seed, True, seed)[0], **options)
     assert [key[0] for key in borrow_cache(model, 2, 10).graphs._graphs] == ["round"]
+
+
+@pytest.mark.parametrize("drafts", [{}, {"use_mtp": True, "num_assistant_tokens": 2}], ids=["tokens", "rounds"])
+def test_each_way_to_sample_is_recorded_for_itself(drafts, make_model, replayed, prompts, monkeypatch):
+    """A setting is part of what is replayed; of many settings, the newest are kept."""
+    monkeypatch.setattr(cuda_graphs, "_MOST_GRAPHS", 5)
+    model = make_model("ME*M-", seed=3, scale=4.0, **MTP)
+    ids, _ = prompts(2, 5, False, 0)
+    options = GREEDY | {"max_new_tokens": 12, "cache_implementation": "static", "eos_token_id": None} | drafts
+    greedy = model.generate(ids, **options)
+    options |= {"do_sample": True, "top_k": 0}
+    for temperature in (1e-4, 2.0, 3.0, 1e-4, 4.0, 5.0, 6.0, 7.0, 1e-4):
+        for _ in range(3):
+            found = model.generate(ids, temperature=temperature, **options)
+            assert found.equal(greedy) == (temperature == 1e-4)
+    graphs = borrow_cache(model, 2, 10).graphs
+    assert len(graphs) == 5
+    last = [key[-1] if drafts else key[0][1] for key in graphs._graphs][-1]
+    assert last == Choice(True, [TemperatureLogitsWarper(1e-4)]).key
 
 
 def test_nothing_is_compiled(make_model, monkeypatch, prompts):

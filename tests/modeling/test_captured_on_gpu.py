@@ -5,7 +5,9 @@ import torch
 from nemotron_super import NemotronHForCausalLM, preset
 from nemotron_super.modeling import cuda_graphs
 from nemotron_super.modeling.captured_decoding import CapturedReader, DecodeStep, borrow_cache
+from nemotron_super.modeling.choosing import Choice
 from nemotron_super.modeling.static_cache import StaticHybridCache
+from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,6 +22,10 @@ WIDTHS = {
     "initializer_range": 0.1, "rescale_prenorm_residual": False,
 }  # fmt: skip
 WAYS = [{}, {"use_mtp": True, "num_assistant_tokens": 3}]
+CHOICES = [
+    Choice(drawn=False),
+    Choice(True, [TemperatureLogitsWarper(0.7), TopKLogitsWarper(9), TopPLogitsWarper(0.9)]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +153,27 @@ def test_sampling(gpu_model):
     """The same seed gives the same text, and leaves the generator in the same place."""
     model = gpu_model(torch.float32)
     texts = []
-    for cache in (None, "static", "static"):
-        texts.append((ask(model, 2, 20, 40, do_sample=True, cache_implementation=cache), torch.rand(1, device="cuda")))
+    for cache in (None, *["static"] * 3):  # run, recorded, replayed
+        text = ask(model, 2, 20, 40, do_sample=True, top_p=0.9, cache_implementation=cache)
+        texts.append((text, torch.rand(1, device="cuda")))
     assert all(text.equal(texts[0][0]) and rand.equal(texts[0][1]) for text, rand in texts)
+
+
+@pytest.mark.parametrize("how", [{"top_k": 3}, {"top_p": 0.6, "temperature": 0.3}], ids=str)
+def test_sampled_rounds(how, gpu_model, chance_of_difference):
+    """Three tokens of many rows, from replayed steps and from replayed rounds of drafts, have the same distribution."""
+    # Without experts, which would differ by rounding, and in float32 with so many rows not be recorded.
+    model = gpu_model(
+        torch.float32, hybrid_override_pattern="M*M-", mtp_hybrid_override_pattern="*-", intermediate_size=256
+    )
+    ids = torch.randint(3, 4096, (1, 20), generator=torch.Generator().manual_seed(0)).cuda().expand(2048, -1)
+    options = {"do_sample": True, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0, **how}
+    samples = []
+    for way in WAYS:
+        for _ in range(3):
+            text = model.generate(ids, cache_implementation="static", **options, **way)
+        samples.append(text[:, 20:23])
+    assert len(borrow_cache(model, 2048, 24).graphs) and chance_of_difference(*samples) > 1e-3
 
 
 def test_a_step_does_not_wait(gpu_model):
@@ -161,7 +185,8 @@ def test_a_step_does_not_wait(gpu_model):
         step = DecodeStep(model, cache, 2, None)
         for _ in range(3):
             step(token)
-            step.follow()
+            for choice in CHOICES:
+                step.follow(choice)
         reader = CapturedReader(model, StaticHybridCache(model.config, 256), None)
         token = reader.read_prompt(torch.randint(3, 4096, (2, 9)).cuda(), None, None)[:, -1].argmax(-1)
         reader.begin(token)
@@ -170,9 +195,10 @@ def test_a_step_does_not_wait(gpu_model):
         try:
             step.compute(64, lambda logits: None)
             step(token)
-            step.follow()
-            for _ in range(4):  # run, recorded, replayed
-                reader.start_round(3)
+            for choice in CHOICES:
+                step.follow(choice)
+                for _ in range(4):  # run, recorded, replayed
+                    reader.start_round(3, choice)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

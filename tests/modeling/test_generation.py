@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nemotron_super.modeling.generation import MTPGenerateOutput
-from nemotron_super.modeling.speculative import accept_sampled
+from nemotron_super.modeling.speculative import accept, target_tokens
 from peft import LoraConfig, get_peft_model
 from transformers import CompileConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -199,7 +199,8 @@ def test_acceptance_preserves_the_distribution(sharpness):
     scores = sharpness * torch.randn(3, vocab)
     scores[0, 3] = -torch.inf
     drafts = torch.stack([torch.multinomial(part, draws, replacement=True) for part in q], dim=1)
-    kept, behind = accept_sampled(drafts, q.expand(draws, -1, -1), scores.expand(draws, -1, -1))
+    own = target_tokens(scores.expand(draws, -1, -1), drafts, q.expand(draws, -1, -1))
+    kept, behind = accept(drafts, own)
     written = torch.cat([drafts, torch.zeros(draws, 1).long()], 1)
     written.scatter_(1, kept.unsqueeze(1), behind.unsqueeze(1))
     for position, p in enumerate(scores.softmax(-1)):
@@ -212,26 +213,18 @@ def test_acceptance_preserves_the_distribution(sharpness):
 SAMPLING = [{"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 4}, {"temperature": 1.3, "top_k": 5, "top_p": 0.9}]
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("how", SAMPLING, ids=str)
-def test_sampling_is_the_same_distribution(how, make_model):
+def test_sampling_is_the_same_distribution(how, cache, make_model, chance_of_difference):
     """The first three tokens of many rows, with and without drafts, as one outcome."""
     model = make_model("ME*", scale=2.0, vocab_size=7, **MTP)
     options = {"max_new_tokens": 4, "do_sample": True, "eos_token_id": None, "pad_token_id": 0, **how}
     ids = torch.tensor([[3, 1, 4]]).expand(DRAWS, -1)
-    counts = []
-    for extra in ({}, {"use_mtp": True, "num_assistant_tokens": 2}):
+    outcomes = []
+    for extra in ({}, {"use_mtp": True, "num_assistant_tokens": 2, "cache_implementation": cache}):
         torch.manual_seed(1)
-        found = model.generate(ids, **options, **extra)[:, 3:6]
-        counts.append(torch.bincount(found @ torch.tensor([49, 7, 1]), minlength=343))
-    # Two samples of equal size: half of their sum is what each is expected to hold.
-    plain, drafted = counts
-    both = (plain + drafted).double() / 2
-    rare = both < 5
-    pairs = [torch.cat([c[~rare], c[rare].sum()[None]]).double() for c in (plain, drafted)]
-    expected = sum(pairs) / 2
-    statistic = sum(((c - expected) ** 2 / expected.clamp(min=1e-9)).sum() for c in pairs)
-    freedom = int((expected > 0).sum()) - 1
-    assert float(1 - torch.special.gammainc(torch.tensor(freedom / 2).double(), statistic / 2)) > 1e-3
+        outcomes.append(model.generate(ids, **options, **extra)[:, 3:6])
+    assert chance_of_difference(*outcomes) > 1e-3
 
 
 def test_output_scores_and_streamer(make_model, prompts, rules):
