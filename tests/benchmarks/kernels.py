@@ -3,6 +3,8 @@
     python tests/benchmarks/kernels.py [--only rms_norm,fp8_linear] [--save]              Nemotron 3 Super
     python tests/benchmarks/kernels.py --model nano --without-reference [--save]          or ultra; the kernels alone
 
+Installed packages that have a kernel for an op (mamba-ssm, causal-conv1d, Liger) are timed beside ours.
+
 The limit of an op is the larger of its bytes over the bandwidth of a large copy and its FLOPs over the rate of a large
 product, both measured first, in the same run. Inputs rotate, so that none is found in the cache.
 """
@@ -19,7 +21,7 @@ from pathlib import Path
 import torch
 import triton
 from nemotron_super import NemotronHConfig, preset
-from nemotron_super.kernels_hub import registry
+from nemotron_super.kernels_hub import conventions, registry
 from nemotron_super.kernels_hub.registry import use_kernels
 
 RESULTS = Path(__file__).parent / "results"
@@ -298,6 +300,21 @@ def cases(w: Widths) -> list[tuple]:
     return found + packed_cases(w)
 
 
+def liger_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Liger's fused linear cross entropy, summed as ours."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets, None, None, -100, 0.0, 0.0, "sum")[0]
+
+
+def sources(name: str, without_reference: bool) -> list[str]:
+    """What an op is timed with: what serves it, the reference, and a package's kernel where there is one."""
+    found = ["auto"] if without_reference else ["auto", "torch"]
+    package = conventions.PACKAGES.get(name)
+    wanted = "liger_kernel" if name == "linear_cross_entropy" else package and package.package
+    return [*found, "package"] if conventions.INSTALLED.get(wanted) else found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=None, help="names of ops, with commas between them")
@@ -308,17 +325,21 @@ def main() -> None:
     torch.manual_seed(0)
     bandwidth, rate = limits()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s, product {rate / 1e12:.0f} TFLOP/s")
-    print(f"{'op':<24}{'tokens':<16}{'ms':>9}{'torch ms':>10}{'GB':>8}{'TFLOP':>8}{'share of limit':>16}")
+    print(
+        f"{'op':<24}{'tokens':<16}{'ms':>9}{'torch ms':>10}{'package ms':>12}{'GB':>8}{'TFLOP':>8}{'share of limit':>16}"
+    )
     rows = []
     for name, what, build, call, moved, flops, copies, graph in cases(Widths(preset(options.model))):
         if options.only and name not in options.only.split(","):
             continue
         backward = "bwd" in what
-        work = rotating(build, call, copies)
-        times = {"torch": float("nan")}
+        times = dict.fromkeys(("torch", "package"), float("nan"))
         with torch.set_grad_enabled(backward):
-            for source in ("auto",) if options.without_reference else ("auto", "torch"):
-                with use_kernels(source):
+            for source in sources(name, options.without_reference):
+                loss = name == "linear_cross_entropy" and source == "package"
+                work = rotating(build, with_backward(liger_cross_entropy) if loss else call, copies)
+                forced = {name: source} if source == "package" and not loss else {}
+                with use_kernels("torch" if source == "torch" else "auto", **forced):
                     try:
                         # References of experts and of NVFP4 need the host in between: no graph can hold that.
                         waits = source == "torch" and ("experts" in name or name.startswith("nvfp4"))
@@ -328,12 +349,12 @@ def main() -> None:
                         print(f"{name} {what} {source}: {type(error).__name__}: {str(error)[:150]}")
         limit = max(moved / bandwidth, flops / rate) * 1e3
         row = {
-            "op": name, "tokens": what, "ms": times["auto"], "torch_ms": times["torch"], "GB": moved / 1e9,
-            "TFLOP": flops / 1e12, "share_of_limit": limit / times["auto"],
+            "op": name, "tokens": what, "ms": times["auto"], "torch_ms": times["torch"], "package_ms": times["package"],
+            "GB": moved / 1e9, "TFLOP": flops / 1e12, "share_of_limit": limit / times["auto"],
         }  # fmt: skip
         rows.append(row)
         print(
-            f"{name:<24}{what:<16}{row['ms']:9.4f}{row['torch_ms']:10.4f}{row['GB']:8.3f}{row['TFLOP']:8.3f}"
+            f"{name:<24}{what:<16}{row['ms']:9.4f}{row['torch_ms']:10.4f}{row['package_ms']:12.4f}{row['GB']:8.3f}{row['TFLOP']:8.3f}"
             f"{row['share_of_limit']:15.0%}",
             flush=True,
         )

@@ -108,7 +108,8 @@ def main() -> None:
             "hardware": hardware(device),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "command": f"python tests/benchmarks/mtp.py --data out/data --prompts {options.prompts} --save",
+            "command": f"python tests/benchmarks/mtp.py --data out/data --prompts {options.prompts} "
+            f"--new-tokens {options.new_tokens} --save",
             "prompts": len(prompts),
             "prompt tokens": options.prompt_length,
             "new tokens": options.new_tokens,
