@@ -1,4 +1,4 @@
-"""What every launch needs: the device of its tensors and what it is, block sizes, and rows without gaps."""
+"""What every launch needs: the device of its tensors and what it is, sizes of grids and blocks, and rows without gaps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import functools
 
 import torch
-import triton
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -28,9 +27,22 @@ def gpu(device: torch.device) -> tuple[int, tuple[int, int]]:
     return properties.multi_processor_count, (properties.major, properties.minor)
 
 
+# Plain arithmetic: Triton's functions of these names can be called by kernels too, which costs the host microseconds a call.
+
+
+def cdiv(size: int, by: int) -> int:
+    """How many blocks of `by` hold `size`."""
+    return -(-size // by)
+
+
+def power_of_2(size: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, size - 1).bit_length()
+
+
 def block(size: int, least: int = 16) -> int:
     """The next power of two, and no less than `least` (tensor cores want 16)."""
-    return max(least, triton.next_power_of_2(size))
+    return max(least, power_of_2(size))
 
 
 def dense(x: Tensor) -> Tensor:

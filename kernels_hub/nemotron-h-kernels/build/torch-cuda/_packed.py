@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._epilogue import finish, two_terms
-from ._launch import gpu, on
+from ._launch import cdiv, gpu, on, power_of_2
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 from ._parts import add_parts, parts_of
 
@@ -600,7 +600,7 @@ def stream(
     vectors = x.shape[0] * shared if which is None else which.numel()
     words = width * bits // 64
     block_rows, step = _LONG if which is None else _STACKED
-    parts = triton.cdiv(words, step) if apart and bits == 4 else int(words <= step)
+    parts = cdiv(words, step) if apart and bits == 4 else int(words <= step)
     wave, registers = _FILL, None
     if which is None:
         slim = bits == 8 or parts == 1
@@ -611,7 +611,7 @@ def stream(
     )  # fmt: skip
     if out.numel():
         x = _aligned(x)
-        blocks = triton.cdiv(rows, block_rows)
+        blocks = cdiv(rows, block_rows)
         # One wave of programs, if the vectors allow it.
         programs = max(1, min(blocks, wave // (vectors * max(parts, 1))))
         with on(x):
@@ -644,8 +644,8 @@ def stream(
 
 def _stretches(length: int, step: int, most: int) -> tuple[int, int]:
     """A sum's length cut into about `most` stretches of whole steps (no fewer than one): how long each is, and how many."""
-    each = triton.cdiv(triton.cdiv(length, step), max(1, most)) * step
-    return each, triton.cdiv(length, each)
+    each = cdiv(cdiv(length, step), max(1, most)) * step
+    return each, cdiv(length, each)
 
 
 def few(x: Tensor, packed: Packed, relu2: bool = False, plus: tuple[Tensor, ...] = ()) -> Tensor:
@@ -665,7 +665,7 @@ def few(x: Tensor, packed: Packed, relu2: bool = False, plus: tuple[Tensor, ...]
     if out.numel() == 0:
         return out
     x = _aligned(x)
-    tiles = triton.cdiv(rows, n)
+    tiles = cdiv(rows, n)
     stretch, splits = _stretches(row_bytes, k, min(_FILL // tiles, row_bytes // 1024))
     to = parts_of(out, splits)
     with on(x):
@@ -732,10 +732,10 @@ def tiles(
     depth, outputs = (rows, width) if transposed else (width, rows)
     most, n = 1, 64
     if groups is None:
-        vectors, experts, shared, size = x.shape[0], 1, 1, max(16, triton.next_power_of_2(x.shape[0]))
+        vectors, experts, shared, size = x.shape[0], 1, 1, max(16, power_of_2(x.shape[0]))
         order = block_ends = expert_of = ends = x  # not looked at
         blocks = 1
-        most = min(_FILL // triton.cdiv(outputs, n), depth // 512)
+        most = min(_FILL // cdiv(outputs, n), depth // 512)
     else:
         order, ends, shared, size = groups
         vectors, experts = order.numel(), ends.numel()
@@ -751,7 +751,7 @@ def tiles(
         return out
     to = parts_of(out, splits)
     with on(x):
-        _tiles_kernel[(blocks * triton.cdiv(outputs, n), splits)](
+        _tiles_kernel[(blocks * cdiv(outputs, n), splits)](
             x,
             order,
             block_ends,
@@ -789,7 +789,7 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
     out = torch.empty(rows, width, dtype=dtype, device=codes.device)
     if out.numel():
         with on(codes):
-            _unpack_kernel[(triton.cdiv(rows, 16), triton.cdiv(width, 256))](
+            _unpack_kernel[(cdiv(rows, 16), cdiv(width, 256))](
                 codes.view(torch.uint8),
                 codes if block_scale is None else block_scale,
                 scale,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._epilogue import finish, two_terms
+from ._launch import cdiv
 from ._overlap import next_may_begin, overlap, previous_done
 
 _SIZE = 256  # sums of a program
@@ -54,7 +55,7 @@ def add_parts(
 ) -> None:
     """Add up what `parts_of` gave, if that is not the output (..., rows) itself; `bias` (rows,), the rest as in `_epilogue.py`."""
     if parts is not out:
-        _add_parts_kernel[(triton.cdiv(out.numel(), _SIZE),)](
+        _add_parts_kernel[(cdiv(out.numel(), _SIZE),)](
             parts,
             out if bias is None else bias,
             out,

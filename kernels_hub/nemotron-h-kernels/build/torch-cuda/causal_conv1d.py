@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import dense, on
+from ._launch import cdiv, dense, on, power_of_2
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 
@@ -258,7 +258,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, 
     if out.numel() == 0:
         return out
     x, weight = dense(x), weight.contiguous()
-    grid = (triton.cdiv(length, _POSITIONS), triton.cdiv(channels, _CHANNELS), batch)
+    grid = (cdiv(length, _POSITIONS), cdiv(channels, _CHANNELS), batch)
     with on(x):
         _forward_kernel[grid](
             x,
@@ -298,11 +298,11 @@ def _conv_backward(
     grad_state = torch.zeros((batch, channels, kernel), dtype=torch.float32, device=x.device)
     if grad_x.numel() == 0:
         return grad_x, torch.zeros_like(weight), weight.new_zeros(channels), grad_state
-    stretch = max(_STRETCH, triton.cdiv(length, _BACKWARD_PROGRAMS))
-    programs = triton.cdiv(length, stretch)
+    stretch = max(_STRETCH, cdiv(length, _BACKWARD_PROGRAMS))
+    programs = cdiv(length, stretch)
     partial = torch.empty((batch * programs, kernel + 1, channels), dtype=torch.float32, device=x.device)
     with on(x):
-        _backward_kernel[(triton.cdiv(channels, _BACKWARD_CHANNELS), programs, batch)](
+        _backward_kernel[(cdiv(channels, _BACKWARD_CHANNELS), programs, batch)](
             grad,
             x,
             weight,
@@ -375,7 +375,7 @@ def _update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, weight = dense(x), weight.contiguous()
     with on(x):
-        _update_kernel[(batch, triton.cdiv(channels, 128))](
+        _update_kernel[(batch, cdiv(channels, 128))](
             state,
             x,
             weight,
@@ -385,7 +385,7 @@ def _update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
             x.stride(0),
             state.stride(0),
             kernel,
-            triton.next_power_of_2(kernel),
+            power_of_2(kernel),
             bias is not None,
             128,
             num_warps=2,

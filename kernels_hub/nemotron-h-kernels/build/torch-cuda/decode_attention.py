@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, dense, gpu, on
+from ._launch import block, cdiv, dense, gpu, on, power_of_2
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, previous_done
 
@@ -219,7 +219,7 @@ def _tiles(rows: int, width: int, dtype: torch.dtype) -> tuple[int, int, int, in
 
 def _splits(others: int, blocks: int, device: torch.device) -> int:
     """Programs that share the slots of a batch row and key head, of which there are `others`."""
-    return max(1, min(blocks, _MOST_SPLITS, triton.cdiv(_PROGRAMS * gpu(device)[0], others)))
+    return max(1, min(blocks, _MOST_SPLITS, cdiv(_PROGRAMS * gpu(device)[0], others)))
 
 
 @operator("decode_attention")
@@ -245,13 +245,13 @@ def _attend(
     groups = heads // kv_heads
     rows = groups * seq
     R, N, warps, stages = _tiles(rows, width, query.dtype)
-    row_blocks = triton.cdiv(rows, R)
-    splits = _splits(batch * kv_heads * row_blocks, triton.cdiv(slots, N), query.device)
+    row_blocks = cdiv(rows, R)
+    splits = _splits(batch * kv_heads * row_blocks, cdiv(slots, N), query.device)
     means, weight = out, out
     if splits > 1:
         means = torch.empty(*out.shape[:3], splits, width, dtype=torch.float32, device=query.device)
         weight = torch.empty(means.shape[:-1], dtype=torch.float32, device=query.device)
-    T = triton.next_power_of_2(seq)
+    T = power_of_2(seq)
     with on(query):
         _attend_kernel[(splits, kv_heads * row_blocks, batch)](
             query,
@@ -287,9 +287,9 @@ def _attend(
             **overlap(query),
         )
         if splits > 1:
-            S = triton.next_power_of_2(splits)
+            S = power_of_2(splits)
             D = min(block(width), max(16, 4096 // S))
-            _combine_kernel[(batch * seq * heads, triton.cdiv(width, D))](
+            _combine_kernel[(batch * seq * heads, cdiv(width, D))](
                 means, weight, last, out, seq, heads, slots, splits, width, T, N, S, D, num_warps=4, **overlap(query)
             )
     return out

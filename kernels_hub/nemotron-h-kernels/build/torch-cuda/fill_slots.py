@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import dense, on
+from ._launch import cdiv, dense, on
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, previous_done
 
@@ -88,7 +88,7 @@ def _fill(
         return
     new_keys, new_values, index = dense(new_keys), dense(new_values), index.contiguous()
     with on(keys):
-        _fill_kernel[(batch * tokens, triton.cdiv(heads * width, _SIZE))](
+        _fill_kernel[(batch * tokens, cdiv(heads * width, _SIZE))](
             keys,
             values,
             new_keys,

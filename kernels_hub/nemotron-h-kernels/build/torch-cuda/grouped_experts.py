@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import gpu, on
+from ._launch import block, cdiv, gpu, on
 
 _PAIRS = 512  # pairs that one program counts and places
 
@@ -173,7 +173,7 @@ def place_pairs(index: Tensor, experts: int, m: int) -> Placed:
     """Sort the (tokens, top_k) pairs by expert, stable, and cut them into blocks of one expert and up to `m` rows."""
     tokens, top_k = index.shape
     pairs, index = tokens * top_k, index.contiguous()
-    parts, padded = triton.cdiv(pairs, _PAIRS), max(16, triton.next_power_of_2(experts))
+    parts, padded = cdiv(pairs, _PAIRS), block(experts)
     most = pairs // m + min(pairs, experts)
     place = torch.empty(pairs, dtype=torch.int64, device=index.device)
     rows, blocks, counts = torch.empty(
@@ -202,7 +202,7 @@ def product(x: Tensor, placed: Placed, weight: Tensor, m: int, tiling: Tiling, g
     pairs = placed.rows.numel()
     n, k, warps, stages, programs, flatten = tiling
     out = torch.empty(pairs, outputs, dtype=x.dtype, device=x.device)
-    tiles = (pairs // m + min(pairs, experts)) * triton.cdiv(outputs, n)
+    tiles = (pairs // m + min(pairs, experts)) * cdiv(outputs, n)
     source = x if gather else TensorDescriptor.from_tensor(x, [m, k])
     with on(x):
         _product_kernel[(min(tiles, programs * gpu(x.device)[0]),)](

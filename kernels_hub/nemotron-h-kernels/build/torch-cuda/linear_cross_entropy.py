@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, gpu, on
+from ._launch import block, cdiv, gpu, on
 from ._operator import operator, watched
 
 _LOGITS_AT_ONCE = 1 << 28  # 512 MiB in bfloat16
@@ -82,8 +82,8 @@ def _rows_at_once(hidden: Tensor, weight: Tensor, chunk: int, for_weight: bool) 
         return rows
     # In lower precision the memory is highest where a float32 sum over blocks is rounded: three times the weight. Logits of `width`
     # tokens are as large as the weight, so that beside the sum they fit below that, and beside a gradient of all at once twice as many.
-    blocks = triton.cdiv(tokens, max(rows, width)) if tokens > max(rows, 2 * width) else 1
-    return max(1, triton.cdiv(tokens, blocks))
+    blocks = cdiv(tokens, max(rows, width)) if tokens > max(rows, 2 * width) else 1
+    return max(1, cdiv(tokens, blocks))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -161,7 +161,7 @@ def _scale(x: Tensor, factor: Tensor) -> None:
     count = x.numel()
     if count:
         with on(x):
-            programs = min(triton.cdiv(count, 4096), 8 * gpu(x.device)[0])
+            programs = min(cdiv(count, 4096), 8 * gpu(x.device)[0])
             _scale_kernel[(programs,)](x, factor, count, 4096, num_warps=8)
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import dense, on
+from ._launch import cdiv, dense, on, power_of_2
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 from .grouped_experts import grouped_experts, serves
@@ -147,10 +147,10 @@ def _combine(y: Tensor, place: Tensor | None, weights: Tensor | None, tokens: in
     out = torch.empty(tokens, width, dtype=like.dtype, device=y.device)
     # Few tokens wait for memory: more programs, each with all its rows on their way at once.
     few = tokens <= 64
-    size = min(32 if few else 1024, triton.next_power_of_2(width))
+    size = min(32 if few else 1024, power_of_2(width))
     if tokens:
         with on(y):
-            _combine_kernel[(tokens, triton.cdiv(width, size))](
+            _combine_kernel[(tokens, cdiv(width, size))](
                 y,
                 y if place is None else place,
                 y if weights is None else weights.contiguous(),
@@ -160,7 +160,7 @@ def _combine(y: Tensor, place: Tensor | None, weights: Tensor | None, tokens: in
                 y.shape[1] if y.dim() == 3 else 1,
                 place is not None,
                 weights is not None,
-                min(32, triton.next_power_of_2(top_k)) if few else 1,
+                min(32, power_of_2(top_k)) if few else 1,
                 size,
                 num_warps=4,
                 **overlap(y),
@@ -177,10 +177,10 @@ def _few_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Ten
     y = torch.empty(pairs, width, dtype=torch.float32, device=x.device)
     rows, columns = 8, 512
     with on(x):
-        _stream_up_kernel[(triton.cdiv(inner, rows), pairs)](
+        _stream_up_kernel[(cdiv(inner, rows), pairs)](
             x, index, up, hidden, width, inner, x.stride(0), top_k, rows, columns, num_warps=4, **overlap(x)
         )
-        _stream_down_kernel[(triton.cdiv(width, rows), pairs)](
+        _stream_down_kernel[(cdiv(width, rows), pairs)](
             hidden, index, down, y, width, inner, rows, columns, num_warps=4, **overlap(x)
         )
     return _combine(y, None, weights, tokens, top_k, x)

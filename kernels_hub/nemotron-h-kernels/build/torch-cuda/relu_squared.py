@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import on
+from ._launch import cdiv, on
 from ._operator import operator
 
 
@@ -42,7 +42,7 @@ def relu_squared_into(x: Tensor, out: Tensor) -> Tensor:
     if count:
         size = _size(count)
         with on(x):
-            _forward_kernel[(triton.cdiv(count, size),)](x, out, count, size, num_warps=size // 512)
+            _forward_kernel[(cdiv(count, size),)](x, out, count, size, num_warps=size // 512)
     return out
 
 
@@ -63,7 +63,7 @@ def _relu_squared_backward(grad: Tensor, x: Tensor) -> Tensor:
     if count:
         size = _size(count)
         with on(x):
-            _backward_kernel[(triton.cdiv(count, size),)](
+            _backward_kernel[(cdiv(count, size),)](
                 grad.contiguous(), x.contiguous(), grad_x, count, size, num_warps=size // 512
             )
     return grad_x

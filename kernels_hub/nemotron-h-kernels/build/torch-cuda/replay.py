@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, dense, on
+from ._launch import block, cdiv, dense, on, power_of_2
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 from .selective_state_update import ANY_STEP, decay_of, prefetch_state, time_step
@@ -244,7 +244,7 @@ def _conv(
     x, weight = dense(x), weight.contiguous()
     held = x if drafts is None else drafts
     with on(x):
-        _conv_kernel[(batch, triton.cdiv(width, _CHANNELS))](
+        _conv_kernel[(batch, cdiv(width, _CHANNELS))](
             state,
             x,
             weight,
@@ -260,7 +260,7 @@ def _conv(
             *held.stride()[:2],
             state.stride(0),
             kernel,
-            triton.next_power_of_2(kernel),
+            power_of_2(kernel),
             bias is not None,
             drafts is not None,
             kept is not None,
@@ -293,9 +293,9 @@ def _state(
     y = torch.empty(batch, tokens - settled, heads, head_dim, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return y
-    rows = min(_ROWS, triton.next_power_of_2(head_dim))
+    rows = min(_ROWS, power_of_2(head_dim))
     with on(x):
-        _state_kernel[(batch * heads, triton.cdiv(head_dim, rows))](
+        _state_kernel[(batch * heads, cdiv(head_dim, rows))](
             state,
             x,
             dt,

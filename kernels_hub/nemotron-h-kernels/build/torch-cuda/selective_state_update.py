@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, dense, on
+from ._launch import block, cdiv, dense, on, power_of_2
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 
@@ -131,9 +131,9 @@ def _update(
     batch, heads, head_dim, state_size = state.shape
     x, dt, B, C = dense(x), dense(dt), dense(B), dense(C)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = min(_ROWS, triton.next_power_of_2(head_dim))
+    rows = min(_ROWS, power_of_2(head_dim))
     with on(x):
-        _update_kernel[(batch * heads, triton.cdiv(head_dim, rows))](
+        _update_kernel[(batch * heads, cdiv(head_dim, rows))](
             state,
             x,
             dt,

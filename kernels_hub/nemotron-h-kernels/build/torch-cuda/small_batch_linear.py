@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._epilogue import finish, finished, fits, two_terms
-from ._launch import dense, on
+from ._launch import block, cdiv, dense, on
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 from ._parts import add_parts, parts_of
@@ -40,10 +40,10 @@ class _Cut(NamedTuple):
         inner = x.shape[1]
         short = inner <= _SHORT and x.shape[0] <= _SHORT_TOKENS
         rows = _ROWS // 2 if short else _ROWS
-        tiles = [triton.cdiv(w.shape[0], rows) for w in weights]
+        tiles = [cdiv(w.shape[0], rows) for w in weights]
         parts = 1 if short else max(1, min(8, _PROGRAMS // max(1, sum(tiles)), inner // (4 * _INNER)))
-        length = triton.cdiv(triton.cdiv(inner, parts), _INNER) * _INNER
-        return cls(rows, tiles, max(1, triton.cdiv(inner, length)), length)
+        length = cdiv(cdiv(inner, parts), _INNER) * _INNER
+        return cls(rows, tiles, max(1, cdiv(inner, length)), length)
 
 
 @triton.jit
@@ -162,7 +162,7 @@ def _stream(
             x.stride(0),
             weight.stride(0),
             count,
-            max(16, triton.next_power_of_2(x.shape[0])),
+            block(x.shape[0]),
             cut.rows,
             _INNER,
             bias is not None and whole,

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, dense, on
+from ._launch import block, cdiv, dense, on
 from ._operator import operator
 
 # head_dim and state_size that are served compiled: blocks without a rest, no smaller than tensor cores want them. 64 and 128 are those
@@ -636,7 +636,7 @@ class _Arguments:
         final = self.empty_state()
         rows = min(_ROWS, max(16, self.blocks[0] // 2))
         with on(self.x):
-            _scan_kernel[(*self.programs, triton.cdiv(self.head_dim, rows))](
+            _scan_kernel[(*self.programs, cdiv(self.head_dim, rows))](
                 self.x,
                 self.dt,
                 self.A,
@@ -728,7 +728,7 @@ def _backward(
     together = math.gcd(heads // groups, _TOGETHER)
     parts = heads // groups // together
     for begin, end in reversed(spans):
-        chunks = triton.cdiv(end - begin, chunk)
+        chunks = cdiv(end - begin, chunk)
         wide = (2, batch, heads, chunks, halves, x.shape[3], state_size)
         states, leaving = torch.empty(wide, dtype=kept, device=device)
         scalars = torch.empty((2, batch, heads, chunks), dtype=torch.float32, device=device)
@@ -739,7 +739,7 @@ def _backward(
         initial = entering.pop()
         columns = min(_WALK_COLUMNS, arguments.blocks[1])
         with on(x):
-            _walks_kernel[(*arguments.programs, triton.cdiv(state_size, columns), 2)](
+            _walks_kernel[(*arguments.programs, cdiv(state_size, columns), 2)](
                 grad_y,
                 arguments.x,
                 arguments.dt,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, on
+from ._launch import block, cdiv, on
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, previous_done
 from .small_batch_linear import MOST_TOKENS, few_rows, sums_of_few_rows
@@ -134,7 +134,7 @@ def _chosen(
     size = block(experts, 2)
     if tokens:
         with on(sums):
-            _route_kernel[(tokens, 1 + triton.cdiv(width, _COLUMNS))](
+            _route_kernel[(tokens, 1 + cdiv(width, _COLUMNS))](
                 sums,
                 bias.contiguous(),
                 weights,
