@@ -54,6 +54,7 @@ from .reference.rms_norm import rms_norm as _rms_norm
 from .reference.selective_state_update import selective_state_update as _selective_state_update
 from .reference.ssd_chunk_scan import ssd_chunk_scan as _ssd_chunk_scan
 from .reference.stochastic_round import STOCHASTIC
+from .reference.time_step import step_and_decay as _step_and_decay
 from .reference.topk_routing import route_few_tokens as _route_few_tokens
 from .reference.topk_routing import router_logits as _router_logits
 from .reference.topk_routing import topk_routing as _topk_routing
@@ -137,6 +138,14 @@ def _scan_limits(
     if B.dtype != x.dtype or C.dtype != x.dtype:
         return f"`x`, `B` and `C` are {x.dtype}, {B.dtype} and {C.dtype}: the kernel wants one dtype"
     return _dtype_of("x", x)
+
+
+def _step_limits(dt: Tensor, dt_bias: Tensor, A_log: Tensor, *time_step: Any, **named: Any) -> str | None:
+    if torch.is_grad_enabled() and (dt.requires_grad or dt_bias.requires_grad or A_log.requires_grad):
+        return "the kernel has no gradient: call it under `torch.no_grad()`"
+    if not 0 < dt.shape[0] < 65536:
+        return f"`dt` has {dt.shape[0]} rows, a launch takes 1 to 65535"
+    return _dtype_of("dt", dt)
 
 
 def _state_update_limits(
@@ -469,6 +478,7 @@ class Op:
 causal_conv1d = Op("causal_conv1d", _causal_conv1d, _conv_limits)
 causal_conv1d_update = Op("causal_conv1d_update", _causal_conv1d_update, _conv_update_limits)
 ssd_chunk_scan = Op("ssd_chunk_scan", _ssd_chunk_scan, _scan_limits)
+step_and_decay = Op("step_and_decay", _step_and_decay, _step_limits)
 selective_state_update = Op("selective_state_update", _selective_state_update, _state_update_limits)
 rms_norm = Op("rms_norm", _rms_norm, _norm_limits)
 gated_rms_norm = Op("gated_rms_norm", _gated_rms_norm, _gated_norm_limits)
@@ -507,6 +517,7 @@ OPS: dict[str, Op] = {
         causal_conv1d,
         causal_conv1d_update,
         ssd_chunk_scan,
+        step_and_decay,
         selective_state_update,
         rms_norm,
         gated_rms_norm,
@@ -685,6 +696,7 @@ def _example(op: str, device: torch.device, dtype: torch.dtype) -> tuple:
         "causal_conv1d": (t(1, 4, 16), t(16, 4)),
         "causal_conv1d_update": (t(1, 16, 4), t(1, 16), t(16, 4)),
         "ssd_chunk_scan": (t(1, 4, 2, 64), t(1, 4, 2, dtype=real), t(2), t(1, 4, 1, 128), t(1, 4, 1, 128), t(2)),
+        "step_and_decay": (t(1, 4, 2), t(2), t(2)),
         "selective_state_update": (
             *(t(1, 2, 16, 16, dtype=real), t(1, 2, 16), t(1, 2, dtype=real), t(2), t(1, 1, 16), t(1, 1, 16), t(2)),
         ),

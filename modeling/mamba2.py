@@ -17,7 +17,8 @@ from transformers import Cache
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 from ..kernels_hub.reference.stochastic_round import store_as
-from ..kernels_hub.reference.time_step import decay, time_step
+from ..kernels_hub.reference.time_step import decay
+from ..kernels_hub.reference.time_step import step_and_decay as plain_step_and_decay
 from ..kernels_hub.registry import (
     causal_conv1d,
     causal_conv1d_replay,
@@ -25,6 +26,7 @@ from ..kernels_hub.registry import (
     selective_state_replay,
     selective_state_update,
     ssd_chunk_scan,
+    step_and_decay,
 )
 from .cache import ROLLBACK_LIMIT, Mamba2CacheLayer
 from .hub_functions import mamba2_functions, put_in_place
@@ -258,14 +260,14 @@ class NemotronHMamba2Mixer(nn.Module):
         batch, length, _ = conv_in.shape
         xBC = self.conv1d(conv_in, conv_state, seq_idx, hub=self._hub("causal_conv1d_fn"))
         x, B, C = xBC.split([self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1)
-        dt = time_step(dt, self.dt_bias, self.time_step_limit)
-        if lengths is not None:
-            # A time step of zero leaves the state as it is.
-            dt = dt * (torch.arange(length, device=dt.device) < lengths.unsqueeze(1)).unsqueeze(-1)
+        # The kernel has no gradient, and a compiler makes one of its own.
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        steps = plain_step_and_decay if plain else step_and_decay
+        dt, A = steps(dt, self.dt_bias, self.A_log, self.time_step_limit, lengths)
         y, ssm_state = ssd_chunk_scan(
             x.view(batch, length, self.num_heads, self.head_dim),
             dt,
-            decay(self.A_log),
+            A,
             B.view(batch, length, self.n_groups, self.state_size),
             C.view(batch, length, self.n_groups, self.state_size),
             self.D,

@@ -21,3 +21,28 @@ def time_step(dt: Tensor, dt_bias: Tensor, dt_limit: tuple[float, float] = ANY_S
 def decay(A_log: Tensor) -> Tensor:
     """(heads,) -> (heads,), negative, float32."""
     return -torch.exp(A_log.float())
+
+
+def step_and_decay(
+    dt: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    dt_limit: tuple[float, float] = ANY_STEP,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both, as the scan takes them.
+
+    Args:
+        dt: (batch, seq, heads).
+        dt_bias, A_log: (heads,).
+        dt_limit: the shortest and the longest step.
+        lengths: (batch,) integers, the tokens of each row, behind which steps are zero; or None where all are tokens.
+
+    Returns:
+        Steps (batch, seq, heads), as of `time_step`, and A (heads,), as of `decay`.
+    """
+    step = time_step(dt, dt_bias, dt_limit)
+    if lengths is not None:
+        # A time step of zero leaves the state as it is.
+        step = step * (torch.arange(dt.shape[1], device=dt.device) < lengths.unsqueeze(1)).unsqueeze(-1)
+    return step, decay(A_log)

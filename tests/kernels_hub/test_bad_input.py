@@ -83,6 +83,8 @@ FAR_APART = [
     ("causal_conv1d_update", lambda: (normal(3, 16, TAPS), normal(3, 16), normal(16, TAPS)), 1, 0),
     ("causal_conv1d_replay", conv_replay_inputs, 1, 1),
     ("causal_conv1d_replay", conv_replay_inputs, 4, 1),
+    ("step_and_decay", lambda: (normal(3, 5, 16), normal(16), normal(16)), 0, 0),
+    ("step_and_decay", lambda: (normal(3, 5, 16), normal(16), normal(16)), 0, 1),
     ("selective_state_update", step_inputs, 0, 0),
     ("selective_state_update", step_inputs, 0, 1),
     ("selective_state_update", step_inputs, 1, 1),

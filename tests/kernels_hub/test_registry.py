@@ -120,6 +120,7 @@ def test_a_context_gives_back_after_an_error():
             (torch.ones(1, 4, 2, 80), *[torch.ones(1, 4, 2), -torch.ones(2)], *[torch.ones(1, 4, 1, 8)] * 2, torch.ones(2)),
             ["head_dim 80", "16, 32, 64"],
         ),
+        ("step_and_decay", (torch.ones(0, 4, 2), torch.ones(2), torch.ones(2)), ["0 rows", "1 to 65535"]),
     ],
 )  # fmt: skip
 def test_a_forced_kernel_that_cannot_serve_says_why(op, args, words):
@@ -129,10 +130,12 @@ def test_a_forced_kernel_that_cannot_serve_says_why(op, args, words):
 
 
 @interpreted
-def test_one_token_kernels_refuse_gradients():
+def test_kernels_without_a_gradient_refuse_one():
     args = [torch.ones(2, 6, 4), torch.ones(2, 6, requires_grad=True), torch.ones(6, 4)]
     with use_kernels("triton"), pytest.raises(KernelError, match="no gradient"):
         registry.causal_conv1d_update(*args)
+    with use_kernels("triton"), pytest.raises(KernelError, match="no gradient"):
+        registry.step_and_decay(torch.ones(1, 3, 2), torch.ones(2), torch.ones(2, requires_grad=True))
 
 
 def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):

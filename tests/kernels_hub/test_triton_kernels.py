@@ -187,6 +187,36 @@ def test_state_update(check, batch, groups, per_group, head_dim, state_size, dty
 
 @some
 @given(
+    batch=st.integers(1, 3),
+    length=st.sampled_from([0, 1, 2, 33, 700]),
+    heads=st.sampled_from([1, 3, 5, 128]),
+    dtype=st.sampled_from(DTYPES),
+    limited=st.booleans(),
+    padded=st.booleans(),
+    seed=seeds,
+)
+def test_step_and_decay(check, batch, length, heads, dtype, limited, padded, seed):
+    dt, A, bias = normal(seed, (batch, length, heads), (heads,), (heads,))
+    dt, A, _, limit = as_projected(dt, A, dtype)
+    lengths = torch.arange(batch) * length // 2 if padded else None
+    args = [dt, bias, A, limit if limited else (0.0, float("inf")), lengths]
+    check("step_and_decay", args, grad=False)
+    found, _ = _steps(*args)
+    assert not padded or all(not row[count:].any() for row, count in zip(found, lengths.tolist(), strict=True))
+
+
+def _steps(dt, *rest):
+    """Of a slice of something wider, as a projection gives it."""
+    wide = torch.cat([dt, torch.full_like(dt, float("nan"))], -1).to(DEVICE)
+    with torch.no_grad(), use_kernels("triton"):
+        steps, decay = registry.step_and_decay(
+            wide[..., : dt.shape[-1]], *(a.to(DEVICE) if torch.is_tensor(a) else a for a in rest)
+        )
+    return steps.cpu(), decay
+
+
+@some
+@given(
     lead=st.lists(st.integers(1, 3), min_size=1, max_size=3),
     groups=st.integers(1, 3),
     group_size=st.sampled_from([1, 3, 16, 100]),
@@ -848,6 +878,9 @@ def test_operator_registration(grad):
                 *(leaf(1, 3, 1, 8), leaf(1, 3, 1, 8), leaf(2), 2, kept, leaf(2), 0.0, 1.0),
             ),
         )
+        for lengths in (None, torch.tensor([2], device=device)):
+            args = (leaf(1, 3, 2), leaf(2), leaf(2), 0.0, 1.0, lengths)
+            torch.library.opcheck(ops.step_and_decay.default, args)
         torch.library.opcheck(ops.causal_conv1d_update.default, (state, leaf(1, 6), leaf(6, 4), None))
         state = torch.randn(1, 2, 8, 8, device=device)
         torch.library.opcheck(

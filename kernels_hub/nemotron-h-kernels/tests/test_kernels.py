@@ -45,6 +45,14 @@ def test_scan_is_the_recurrence(ops):
     close(final, state, 1e-4)
 
 
+def test_step_and_decay(ops):
+    dt, bias, A_log, lengths = rand(2, 70, 10)[..., :6], rand(6), rand(6), torch.tensor([70, 31], device="cuda")
+    step, decay = ops.step_and_decay(dt, bias, A_log, (1e-3, 0.5), lengths)
+    real = torch.arange(70, device="cuda") < lengths.unsqueeze(1)
+    close(step, F.softplus(dt + bias).clamp(1e-3, 0.5) * real.unsqueeze(-1), 1e-6)
+    close(decay, -A_log.exp(), 1e-6)
+
+
 def test_norms(ops):
     y, z, weight = rand(7, 256), rand(7, 256), rand(256)
     close(ops.rms_norm(y, weight, 1e-5), weight * y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt(), 1e-5)

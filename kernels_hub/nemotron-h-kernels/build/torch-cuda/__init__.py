@@ -21,6 +21,7 @@ from .rms_norm import gated_rms_norm, rms_norm
 from .selective_state_update import selective_state_update
 from .small_batch_linear import joint_linear, small_batch_linear
 from .ssd_chunk_scan import ssd_chunk_scan
+from .step_and_decay import step_and_decay
 from .topk_routing import route_few_tokens, router_logits, topk_routing
 
 __all__ = [
@@ -49,5 +50,6 @@ __all__ = [
     "selective_state_update",
     "small_batch_linear",
     "ssd_chunk_scan",
+    "step_and_decay",
     "topk_routing",
 ]
