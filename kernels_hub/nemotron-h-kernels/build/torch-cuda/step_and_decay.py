@@ -40,10 +40,10 @@ def _kernel(
 ):
     batch = tl.program_id(1).to(tl.int64)
     t = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)
-    h = tl.minimum(tl.arange(0, H), heads - 1)  # the last head several times, rather than a mask
-    a, shift = decay_of(A_log, dt_bias, h, True)
-    tl.store(decay + h, a, mask=(tl.program_id(0) == 0) & (batch == 0))
-    inside = (t < length)[:, None]
+    h = tl.arange(0, H)
+    a, shift = decay_of(A_log, dt_bias, tl.minimum(h, heads - 1), True)
+    tl.store(decay + h, a, mask=(h < heads) & (tl.program_id(0) == 0) & (batch == 0))
+    inside = (t < length)[:, None] & (h < heads)[None, :]
     value = tl.load(dt + batch * dt_batch + t[:, None] * dt_seq + h[None, :], mask=inside, other=0.0)
     value = time_step(value, shift[None, :], shortest, longest, True)
     if PADDED:
