@@ -8,6 +8,8 @@ The router and the shared expert see the full width; routed experts work, and ar
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from transformers.integrations import use_experts_implementation
@@ -38,7 +40,10 @@ class NemotronHTopkRouter(nn.Module):
         Returns:
             Logits (tokens, experts), weights (tokens, top_k) and chosen experts (tokens, top_k); float32, float32, int64.
         """
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        device = hidden_states.device.type
+        # Where nothing has to be turned off, the context would take the host longer than the kernel takes the GPU.
+        autocast = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
             logits = router_logits(hidden_states, self.weight)
         weights, index = topk_routing(logits, self.e_score_correction_bias, *self._choice)
         return logits, weights, index
@@ -112,7 +117,12 @@ class NemotronHMoE(nn.Module):
         # Long work first: behind it, or beside it, the many short kernels of the router are launched in time.
         shared = beside(self.shared_experts, tokens)
         routed = self.experts(*self._route(tokens))
-        return product_of(self.fc2_latent_proj, routed, plus=(shared(), residual)).view_as(hidden_states)
+        out = product_of(self.fc2_latent_proj, routed, plus=(shared(), residual), overwrite=self._shared_unseen())
+        return out.view_as(hidden_states)
+
+    def _shared_unseen(self) -> bool:
+        """Whether nobody else can have kept what the shared expert gives: no hook, no adapter."""
+        return alone(self.shared_experts, "forward") and bare_weight_of(self.shared_experts.down_proj) is not None
 
     def _route(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the experts take: narrow tokens (tokens, latent), chosen experts and their weights (tokens, top_k)."""

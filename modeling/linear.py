@@ -49,18 +49,37 @@ def bare_weight_of(module: nn.Module) -> Tensor | None:
     return weight if type(weight) in (Tensor, nn.Parameter) else None
 
 
-def product_of(module: nn.Module, x: Tensor, relu2: bool = False, plus: tuple[Tensor | None, ...] = ()) -> Tensor:
+def product_of(
+    module: nn.Module,
+    x: Tensor,
+    relu2: bool = False,
+    plus: tuple[Tensor | None, ...] = (),
+    overwrite: bool = False,
+) -> Tensor:
     """`module(x)`, then relu(...)^2, or sums with tensors of its shape: with few tokens by the kernel of the product.
 
     Args:
         module: a linear map, or what stands in its place, such as one with an adapter.
         plus: added one after another, each sum rounded; what is None is left out.
+        overwrite: nobody else reads the first of `plus`, which is there: the product may be added to it in its place.
     """
     terms = tuple(term for term in plus if term is not None)
     if alone(module, "product") and few_tokens(x):
         return module.product(x, relu2, terms)
+    if overwrite and not relu2:
+        weight = bare_weight_of(module)
+        if weight is not None and _adds_up(x, weight, terms[0]):
+            return finished(terms[0].addmm_(x, weight.t()), False, terms[1:])
     out = module(x)
     return finished(relu_squared(out) if relu2 else out, False, terms)
+
+
+def _adds_up(x: Tensor, weight: Tensor, term: Tensor) -> bool:
+    """Whether a product adds itself to `term` as it is written, which saves a GPU a pass over both, and a rounding."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cuda:
+        return False
+    plain = x.dim() == 2 and term.is_contiguous() and not torch.is_autocast_enabled(x.device.type)
+    return plain and x.dtype == weight.dtype == term.dtype
 
 
 def products_of(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:

@@ -259,7 +259,8 @@ class NemotronHMamba2Mixer(nn.Module):
         """
         batch, length, _ = conv_in.shape
         xBC = self.conv1d(conv_in, conv_state, seq_idx, hub=self._hub("causal_conv1d_fn"))
-        x, B, C = xBC.split([self.intermediate_size, *(self.n_groups * self.state_size,) * 2], dim=-1)
+        groups = self.n_groups * self.state_size
+        x, B, C = xBC.split_with_sizes([self.intermediate_size, groups, groups], dim=-1)
         # The kernel has no gradient, and a compiler makes one of its own.
         plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
         steps = plain_step_and_decay if plain else step_and_decay
@@ -393,7 +394,8 @@ class NemotronHMamba2Mixer(nn.Module):
         return inputs.split([self.conv_dim, self.num_heads], dim=-1)
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        widths = [self.intermediate_size, self.conv_dim, self.num_heads]
+        return self.in_proj(hidden_states).split_with_sizes(widths, dim=-1)
 
     def _window(
         self, conv_in: Tensor, conv_state: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float32)
+_HERE = contextlib.nullcontext()
 
 
 def on(x: Tensor) -> contextlib.AbstractContextManager:
     """Launch where `x` lies: Triton takes the current device, whatever its arguments are on."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    return _HERE
 
 
 @functools.cache

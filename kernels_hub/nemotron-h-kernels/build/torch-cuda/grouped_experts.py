@@ -178,7 +178,7 @@ def place_pairs(index: Tensor, experts: int, m: int) -> Placed:
     place = torch.empty(pairs, dtype=torch.int64, device=index.device)
     rows, blocks, counts = torch.empty(
         pairs + 1 + 3 * most + parts * padded, dtype=torch.int32, device=index.device
-    ).split([pairs, 1 + 3 * most, parts * padded])
+    ).split_with_sizes([pairs, 1 + 3 * most, parts * padded])
     with on(index):
         _count_kernel[(parts,)](index, counts, pairs, padded, _PAIRS, num_warps=4)
         _place_kernel[(parts + 1,)](
