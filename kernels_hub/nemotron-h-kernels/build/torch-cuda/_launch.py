@@ -46,6 +46,11 @@ def block(size: int, least: int = 16) -> int:
     return max(least, power_of_2(size))
 
 
+def empty_like(x: Tensor) -> Tensor:
+    """Room for a tensor of the shape and dtype of x, without gaps. `torch.empty` takes the host thrice the time with all it is told."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def dense(x: Tensor) -> Tensor:
     """The tensor itself wherever its last dimension lies without gaps, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -7,12 +7,11 @@ The sum is rounded to its dtype before it is normed, as it would be in two steps
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, on, rows_of
+from ._launch import block, empty_like, on, rows_of
 from ._operator import operator
 from .rms_norm import norm_backward
 
@@ -34,7 +33,7 @@ def _kernel(x, residual, weight, out, total, x_stride, residual_stride, eps, WID
 
 @operator("add_rms_norm")
 def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    out, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    out, total = (empty_like(x) for _ in range(2))
     flat, other = rows_of(x), rows_of(residual)
     if out.numel():
         size = block(x.shape[-1])

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, dense, on, power_of_2
+from ._launch import cdiv, dense, empty_like, on, power_of_2
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 
@@ -254,7 +254,7 @@ def _update_kernel(
 @operator("causal_conv1d")
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None) -> Tensor:
     batch, length, channels = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = empty_like(x)
     if out.numel() == 0:
         return out
     x, weight = dense(x), weight.contiguous()
@@ -294,7 +294,7 @@ def _conv_backward(
     batch, length, channels = x.shape
     kernel = weight.shape[1]
     grad, x, weight = grad.contiguous(), dense(x), weight.contiguous()
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_x = empty_like(x)
     grad_state = torch.zeros((batch, channels, kernel), dtype=torch.float32, device=x.device)
     if grad_x.numel() == 0:
         return grad_x, torch.zeros_like(weight), weight.new_zeros(channels), grad_state
@@ -372,7 +372,7 @@ def causal_conv1d(
 def _update(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     batch, channels = x.shape
     kernel = weight.shape[1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = empty_like(x)
     x, weight = dense(x), weight.contiguous()
     with on(x):
         _update_kernel[(batch, cdiv(channels, 128))](

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import cdiv, on
+from ._launch import cdiv, empty_like, on
 from ._operator import operator
 
 
@@ -48,7 +47,7 @@ def relu_squared_into(x: Tensor, out: Tensor) -> Tensor:
 
 @operator("relu_squared")
 def _relu_squared(x: Tensor) -> Tensor:
-    return relu_squared_into(x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    return relu_squared_into(x.contiguous(), empty_like(x))
 
 
 @_relu_squared.register_fake
@@ -58,7 +57,7 @@ def _(x):
 
 @operator("relu_squared_backward")
 def _relu_squared_backward(grad: Tensor, x: Tensor) -> Tensor:
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_x = empty_like(x)
     count = x.numel()
     if count:
         size = _size(count)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, on, rows_of
+from ._launch import block, empty_like, on, rows_of
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, previous_done
 
@@ -121,7 +121,7 @@ def _backward_warps(size: int) -> int:
 
 @operator("rms_norm")
 def _norm(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: int) -> Tensor:
-    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    out = empty_like(y)
     width = y.shape[-1]
     flat = rows_of(y)
     gate = flat if z is None else rows_of(z)
@@ -160,8 +160,8 @@ def norm_backward(
     flat, flat_grad = rows_of(y), rows_of(grad)
     gate = flat if z is None else rows_of(z)
     rows = flat.shape[0]
-    grad_y = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    grad_z = y.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    grad_y = empty_like(y)
+    grad_z = y.new_empty(0) if z is None else empty_like(z)
     if rows == 0:
         return grad_y, grad_z, torch.zeros_like(weight)
     size, groups = block(group_size), width // group_size

@@ -7,12 +7,11 @@ Given `dt_bias`, dt = softplus(dt + dt_bias) and A = -exp(A) are taken here: in 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, cdiv, dense, on, power_of_2
+from ._launch import block, cdiv, dense, empty_like, on, power_of_2
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, prefetch, previous_done
 
@@ -130,7 +129,7 @@ def _update(
 ) -> Tensor:
     batch, heads, head_dim, state_size = state.shape
     x, dt, B, C = dense(x), dense(dt), dense(B), dense(C)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = empty_like(x)
     rows = min(_ROWS, power_of_2(head_dim))
     with on(x):
         _update_kernel[(batch * heads, cdiv(head_dim, rows))](

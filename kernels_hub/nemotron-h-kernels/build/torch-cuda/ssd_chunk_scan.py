@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, cdiv, dense, on
+from ._launch import block, cdiv, dense, empty_like, on
 from ._operator import operator
 
 # head_dim and state_size that are served compiled: blocks without a rest, no smaller than tensor cores want them. 64 and 128 are those
@@ -679,7 +679,7 @@ def _scan(
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     arguments = _Arguments(x, dt, A, B, C, D, seq_idx)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = empty_like(x)
     initial = None if initial_state is None else initial_state.float().contiguous()
     return y, arguments.scan(0, x.shape[1], initial, y)
 
@@ -712,7 +712,7 @@ def _backward(
     groups, state_size, chunk = B.shape[2], B.shape[3], _BACKWARD_CHUNK
     device = x.device
     grad_y = grad_y.contiguous()
-    grad_x, grad_dt, grad_B, grad_C = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (x, dt, B, C))
+    grad_x, grad_dt, grad_B, grad_C = (empty_like(t) for t in (x, dt, B, C))
     if grad_final is None:
         grad_state = arguments.empty_state().zero_()
     else:
