@@ -6,6 +6,8 @@ newest tokens, and a length for models without any attention layer.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
@@ -273,7 +275,7 @@ def check_cache(cache: Cache, config: NemotronHConfig, batch: int, length: int =
     kv_shape = (config.num_key_value_heads, config.head_dim)
     for index, (kind, layer) in enumerate(zip(config.layers_block_type, layers, strict=True)):
         stateful = kind if kind in ("linear_attention", "full_attention") else None
-        if stateful != _kind_of(layer):
+        if stateful != _kind_of(type(layer)):
             raise ValueError(
                 f"`cache` holds a {type(layer).__name__} for layer {index}, which is of kind {kind!r}: it was made for "
                 "another configuration. Make one with `HybridCache(model.config)`."
@@ -299,8 +301,9 @@ def check_cache(cache: Cache, config: NemotronHConfig, batch: int, length: int =
                 )
 
 
-def _kind_of(layer) -> str | None:
-    """The kind of block a cache layer serves; None where the block keeps nothing."""
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
+@functools.cache
+def _kind_of(layer: type) -> str | None:
+    """The kind of block that a class of cache layers serves; None where the block keeps nothing."""
+    if issubclass(layer, LinearAttentionCacheLayerMixin):
         return "linear_attention"
-    return None if isinstance(layer, DummyLayer) else "full_attention"
+    return None if issubclass(layer, DummyLayer) else "full_attention"
