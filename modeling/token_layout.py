@@ -16,6 +16,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
+from .cache import HybridCache
 from .packed_attention import Documents, takes_variable_lengths
 
 # Where a call behind a cached past needs no mask of its length times all keys, which at a million keys is larger than the keys.
@@ -183,17 +184,20 @@ def describe_tokens(
         elif isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
             raise ValueError("Give either packed documents or a 4-D `attention_mask`, not both.")
 
-    behind_past = (
+    plain = (
         attention_mask is None
         and seq_idx is None
-        and length > 1
         and not tracing
         and isinstance(past, int)
-        and past > 0
         and config._attn_implementation == "sdpa"
-        and (inputs_embeds.device.type, inputs_embeds.dtype) in _MASKLESS_PAST
     )
-    if not behind_past and causal_mask is None and documents is None and "full_attention" in _layer_kinds(config):
+    behind_past = (
+        plain and past > 0 and length > 1 and (inputs_embeds.device.type, inputs_embeds.dtype) in _MASKLESS_PAST
+    )
+    # Here transformers gives no mask either, after asking every layer of the cache what it is.
+    at_the_start = plain and past == 0 and isinstance(cache, HybridCache | None) and getattr(config, "is_causal", True)
+    unmasked = behind_past or at_the_start
+    if not unmasked and causal_mask is None and documents is None and "full_attention" in _layer_kinds(config):
         causal_mask = create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nemotron_super.modeling import mamba2, token_layout
-from transformers import DataCollatorWithFlattening
+from nemotron_super.modeling.cache import HybridCache
+from transformers import DataCollatorWithFlattening, StaticCache
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 pytestmark = pytest.mark.usefixtures("exact_floats")
@@ -321,6 +323,31 @@ def test_long_rows_with_padding(kind, long_model, relative):
             for row, document in enumerate(documents):
                 expected = long_model(document, use_cache=False).logits[0]
                 assert relative(logits[row][mask[row].bool()], expected) < TIGHT
+
+
+@pytest.mark.parametrize("way", ["alone", "cached", "behind", "one token", "fixed", "two-way", "eager"])
+def test_calls_that_transformers_is_not_asked_about(way, make_model):
+    """What it would say of a call at the start is known: nothing, unless the model looks both ways."""
+    model = make_model("M*E").model
+    length, cache = 5, None if way == "alone" else HybridCache(model.config)
+    if way == "fixed":
+        cache = StaticCache(model.config, max_cache_len=9)
+    if way == "eager":
+        model.set_attn_implementation("eager")
+    if way == "behind":
+        model(torch.arange(3).unsqueeze(0), cache=cache, use_cache=True)
+    if way == "two-way":
+        model.config.is_causal = False
+    ids = torch.arange(1 if way == "one token" else length).unsqueeze(0)
+    asked = mock.Mock(side_effect=create_causal_mask)
+    with mock.patch.object(token_layout, "create_causal_mask", asked):
+        layout, embeds = model.prepare_inputs(ids, None, None, cache, None, None, None)
+    assert asked.called == (way in ("behind", "fixed", "two-way", "eager"))
+    expected = create_causal_mask(model.config, embeds, None, cache)
+    if expected is None or layout.attention_mask is None:
+        assert expected is layout.attention_mask is None
+    else:
+        assert torch.equal(layout.attention_mask, expected)
 
 
 def causal_without_a_mask(module, query, key, value, attention_mask, scaling, **kwargs):
