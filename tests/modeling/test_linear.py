@@ -1,7 +1,12 @@
 """Products that go on in their own kernel, and what keeps them from it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from nemotron_super.configuration.presets import preset
+from nemotron_super.modeling import linear as linear_maps
+from nemotron_super.modeling.latent_moe import NemotronHMoE
 from nemotron_super.modeling.linear import NemotronHLinear, product_of
 from torch import nn
 
@@ -89,3 +94,59 @@ def test_many_tokens_go_the_usual_way(linear, fused):
     with torch.no_grad():
         product_of(linear, torch.randn(65, 8))
     assert not fused
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """A product may add itself to a term; on a CPU it is left alone."""
+    allowed = linear_maps._adds_up
+
+    def told(x, weight, term):
+        gpu = SimpleNamespace(is_cuda=True, device=x.device, dtype=x.dtype, dim=x.dim)
+        return allowed(gpu, weight, term)
+
+    monkeypatch.setattr(linear_maps, "_adds_up", told)
+
+
+def test_a_product_adds_itself_to_a_term(linear, as_on_a_gpu):
+    x, term, other = torch.randn(70, 8), torch.randn(70, 6), torch.randn(70, 6)
+    bare = NemotronHLinear(8, 6, bias=False)
+    with torch.no_grad():
+        for plus in ((term, other), (term, None), (term,)):
+            kept = term.clone()
+            found = product_of(bare, x, plus=(kept, *plus[1:]), overwrite=True)
+            torch.testing.assert_close(found, expected(bare, x, False, [t for t in plus if t is not None]))
+            torch.testing.assert_close(kept, expected(bare, x, False, [term]))  # the product is in its place
+        kept = term.clone()
+        for again in (
+            lambda: product_of(bare, x, plus=(kept,)),  # not allowed to
+            lambda: product_of(linear, x, plus=(kept,), overwrite=True),  # more than a product
+            lambda: product_of(bare, x, True, (kept,), True),
+            lambda: product_of(bare, x.view(7, 10, 8), plus=(kept.view(7, 10, 6),), overwrite=True),
+        ):
+            again()
+            assert torch.equal(kept, term)
+    product_of(bare, x, plus=(kept,), overwrite=True).sum().backward()
+    assert torch.equal(kept, term) and bare.weight.grad.any()
+
+
+@pytest.mark.parametrize("change", [hooked, prepared, replaced])
+def test_what_others_may_have_kept_is_not_overwritten(change, as_on_a_gpu):
+    torch.manual_seed(0)
+    moe = NemotronHMoE(preset("tiny"))
+    for parameter in moe.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x, kept = torch.randn(70, moe.gate.weight.shape[1]), []
+    with torch.no_grad():
+        plain = moe(x, residual=x)
+        for module in (moe.shared_experts, moe.shared_experts.down_proj):
+            assert moe._shared_unseen()
+            change(module)
+            assert not moe._shared_unseen()
+            vars(module).pop("forward", None)
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        moe.shared_experts.register_forward_hook(lambda _, __, out: kept.append((out, out.clone())))
+        found = moe(x, residual=x)
+    assert torch.equal(*kept[0])
+    torch.testing.assert_close(found, plain)
