@@ -144,9 +144,15 @@ class HybridCache(DynamicCache):
             by itself: it would change the numbers of those who did not ask, as simulated activations would. In `generate`,
             ask with `cache_implementation="quantized"`, or put that into the generation config.
 
+    Attributes:
+        ragged: drafts have left rows that end at different lengths. Such a cache is refused by the next call: what would
+            stand between a row's end and its next token is not what plain decoding puts there.
+
     Raises:
         ValueError: another `kv_dtype`.
     """
+
+    ragged = False
 
     def __init__(self, config: NemotronHConfig, offloading: bool = False, kv_dtype: torch.dtype | None = None):
         if kv_dtype not in (None, FP8):
@@ -207,10 +213,27 @@ class HybridCache(DynamicCache):
                 layer.crop(common)
         self._tokens_seen += common
 
+    def keep_positions(self, there: torch.Tensor) -> None:
+        """Drop attention keys that no query may see any more, such as those that `crop` left in rows that gave back more.
+
+        Args:
+            there: (batch, positions) bool, True equally often in every row.
+        """
+        count = int(there[0].sum())
+        places = (~there).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+        rows = torch.arange(len(places), device=places.device).unsqueeze(1)
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+                index = rows.to(layer.keys.device), places.to(layer.keys.device)
+                layer.keys, layer.values = (
+                    t.transpose(1, 2)[index].transpose(1, 2) for t in (layer.keys, layer.values)
+                )
+        self._tokens_seen = count
+
     def reset(self) -> None:
         super().reset()
         self._tokens_seen = 0
-        self.holds_packed_documents = False
+        self.holds_packed_documents = self.ragged = False
 
 
 class MTPCache(DynamicCache):
@@ -244,6 +267,18 @@ class MTPCache(DynamicCache):
         self._tokens_seen += tokens_to_remove
 
 
+def refuse_ragged(cache: Cache) -> None:
+    """Refuse a cache in which drafts have left rows that end apart.
+
+    Raises:
+        ValueError: such a cache.
+    """
+    if getattr(cache, "ragged", False):
+        raise ValueError(
+            "`cache` holds rows of different lengths, as drafts left them: continue each row from a cache of its own."
+        )
+
+
 def check_cache(cache: Cache, config: NemotronHConfig, batch: int, length: int = 0) -> None:
     """Refuse a cache that another configuration or another batch filled, or that has no room for `length` tokens.
 
@@ -263,6 +298,7 @@ def check_cache(cache: Cache, config: NemotronHConfig, batch: int, length: int =
             "`cache` was filled with packed documents: attention would see all of them, the Mamba-2 layers the last only. "
             "Continue each document from a cache of its own."
         )
+    refuse_ragged(cache)
     if hasattr(cache, "check_room"):
         cache.check_room(length)
     elif 0 < cache.get_max_length() < length:  # transformers' fixed-size cache, which counts on the device

@@ -60,7 +60,7 @@ class GrowingReader:
     """Backbone and head on caches that grow; what drafts leave behind is taken back with `crop`.
 
     Rows of a batch keep different numbers of drafts. The Mamba-2 states follow each row; attention keys that only some rows
-    keep stay in the cache, masked, which costs nothing but room since positions are not encoded.
+    keep stay in the cache, masked, which costs nothing but room since positions are not encoded. `finish` takes them out.
 
     Args:
         cache: where it holds the beginning of the prompt, only the rest is read.
@@ -70,6 +70,7 @@ class GrowingReader:
     def __init__(self, model, cache: HybridCache, attention_mask: Tensor | None):
         self.model, self.cache, self.mask = model, cache, attention_mask
         self.drafter = Drafter(model, self._head_cache())
+        self.recorded = any(getattr(layer, "record_past", False) for layer in cache.layers)
 
     def _head_cache(self):
         return MTPCache(self.model.config)
@@ -119,6 +120,7 @@ class GrowingReader:
         self.cache.activate_past_recording()
         self.settled, self.following, self.there = self.last, token.unsqueeze(1), None
         self.batch, self.device = token.shape[0], token.device
+        self.prompt_length = self.cache.get_seq_length()
 
     def first_draft(self) -> Tensor:
         """Logits of the first draft, (batch, 1, vocab) float32, from everything that is settled."""
@@ -127,7 +129,7 @@ class GrowingReader:
         if self.there is None:
             self.draft = hidden[:, -1:]
         else:
-            newest = (self.there.long().sum(1) - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
+            newest = (self.there.long().sum(1) - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
             self.draft = hidden.gather(1, newest)
         return self.logits(self.draft)
 
@@ -148,10 +150,10 @@ class GrowingReader:
         """Each row keeps its first `kept` drafts, and goes on with `token` (batch,); the rest is taken back.
 
         Args:
-            open_rows: rows that are not finished; the others hold nobody up.
+            open_rows: rows that are not finished; the others keep nothing, not even the token before the drafts.
         """
         most = max(kept[row] for row in open_rows)
-        going = torch.tensor([n if row in open_rows else most for row, n in enumerate(kept)])
+        going = torch.tensor([n if row in open_rows else -1 for row, n in enumerate(kept)])
         length = self.tokens.shape[1]
         back = length - 1 - going
         common = int(back.min())
@@ -171,10 +173,20 @@ class GrowingReader:
         elif self.mask is not None:
             self.mask = self.mask[:, : self.mask.shape[1] - common]
         self.settled = self.hidden[:, :longest]
-        self.following = tokens_behind(self.tokens, going.to(self.device), token)[:, :longest]
+        self.following = tokens_behind(self.tokens, going.clamp(min=0).to(self.device), token)[:, :longest]
 
     def finish(self) -> None:
-        """No more drafts: leave the cache as any other call may find it."""
+        """No more drafts: where all rows have come equally far, leave the cache as plain decoding would."""
+        if self.mask is not None:
+            there = self.mask != 0
+            there[:, : self.prompt_length] = True  # padding stays where it was
+            counts = there.sum(1)
+            if not bool(there.all()) and bool((counts == counts[0]).all()):
+                self.cache.keep_positions(there)
+        for block in self.model.model.layers:
+            if block.block_type == "linear_attention":
+                block.mixer.settle(self.cache)
+                self.cache.layers[block.mixer.layer_idx].record_past = self.recorded
 
 
 def tokens_behind(tokens: Tensor, going: Tensor, token: Tensor) -> Tensor:

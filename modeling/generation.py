@@ -324,10 +324,13 @@ def generate_with_mtp(
         reader.settle(going, token, open_rows)
 
     reader.finish()
+    sequences = rows.sequences(config._pad_token_tensor)
+    # Plain decoding has read all of a text but its newest token, with padding behind rows that ended early; drafts may also lie
+    # behind the end of the longest.
+    cache.ragged = any(length != sequences.shape[1] for length in rows.lengths)
     if streamer is not None:
         streamer.mtp_statistics = statistics
         streamer.end()
-    sequences = rows.sequences(config._pad_token_tensor)
     if not config.return_dict_in_generate:
         if isinstance(cache, StaticHybridCache) and not getattr(cache, "_is_user_defined", False):
             give_back_cache(model, cache, batch)

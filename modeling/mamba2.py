@@ -132,10 +132,17 @@ class NemotronHMamba2Mixer(nn.Module):
         # While recording, a few settled tokens are replayed together with what follows: one pass instead of two.
         ragged, many = layer.pending_lengths is not None, layer.pending.shape[1] > _REPLAYED_TOGETHER
         if not layer.record_past or (layer.settled and (ragged or many)):
+            self.settle(cache)
+        return cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
+
+    def settle(self, cache: Cache) -> None:
+        """Advance the states by the recorded tokens: none of them will be taken back any more."""
+        layer = cache.layers[self.layer_idx]
+        if layer.pending is not None:
+            states = cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
             _, *states = self._recur(*self._split(layer.pending), *states, None, layer.pending_lengths)
             self._store(cache, *states)
             layer.keep_pending(None)
-        return cache.get_conv_state(self.layer_idx), cache.get_recurrent_state(self.layer_idx)
 
     def _recorded(
         self,

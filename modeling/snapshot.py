@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.cache_utils import DummyLayer
 
-from .cache import HybridCache, Mamba2CacheLayer, check_cache
+from .cache import HybridCache, Mamba2CacheLayer, check_cache, refuse_ragged
 from .fp8_cache import Fp8CacheLayer, Fp8Format
 from .static_cache import StaticFp8Layer
 
@@ -55,8 +55,9 @@ def save_snapshot(cache: HybridCache, path: Path | str, model: PreTrainedModel) 
         path: the file; written beside it first and then moved, so that it is never half there.
 
     Raises:
-        ValueError: the cache is empty, or still holds tokens of a recorded past.
+        ValueError: the cache is empty, still holds tokens of a recorded past, or rows that drafts left at different lengths.
     """
+    refuse_ragged(cache)
     tensors: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, Mamba2CacheLayer) and layer.pending is not None:

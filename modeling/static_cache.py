@@ -297,6 +297,14 @@ class StaticHybridCache(HybridCache):
         """Tokens that fit into each row."""
         return self.slots.size
 
+    @property
+    def ragged(self) -> bool:
+        return self.slots.ragged
+
+    @ragged.setter
+    def ragged(self, ragged: bool) -> None:
+        self.slots.ragged = ragged
+
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return self.slots.size
 
@@ -325,10 +333,6 @@ class StaticHybridCache(HybridCache):
             ValueError: naming what is there, what is new and how many fit.
         """
         seen, size = self.slots.seen, self.slots.size
-        if self.slots.ragged:
-            raise ValueError(
-                "`cache` holds rows of different lengths, as drafts left them: continue each row from a cache of its own."
-            )
         if seen + length > size:
             raise ValueError(
                 f"`cache` has a fixed size of {size} tokens: {seen} are there, and {length} more do not fit. Make one with "

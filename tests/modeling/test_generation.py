@@ -7,6 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nemotron_super.modeling.generation import MTPGenerateOutput
+from nemotron_super.modeling.snapshot import load_snapshot, save_snapshot
 from nemotron_super.modeling.speculative import accept, target_tokens
 from peft import LoraConfig, get_peft_model
 from transformers import CompileConfig, LogitsProcessorList, StoppingCriteriaList
@@ -259,16 +260,72 @@ def test_drafts_that_come_true(make_model, prompts):
     assert found.mtp_statistics.tokens_per_step == 4 and found.mtp_statistics.acceptance_rate == [1.0] * 3
 
 
-def test_the_returned_cache_continues(make_model, prompts):
-    model = make_model("ME*M-", scale=1.0, **MTP)
-    ids, _ = prompts(1, 6, False, 0)
-    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "use_mtp": True}
-    first = model.generate(ids, return_dict_in_generate=True, **options)
-    assert first.cache.get_seq_length() == first.sequences.shape[1] - 1
-    turn = torch.cat([first.sequences, torch.tensor([[9, 8, 7]])], 1)
-    assert model.generate(turn, cache=first.cache, **options).equal(
-        model.generate(turn, **options | {"use_mtp": None})
-    )
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    seed=st.integers(0, 30),
+    rows=st.integers(1, 3),
+    padding=st.booleans(),
+    depth=st.integers(1, 7),
+    new=st.integers(1, 14),
+    implementation=st.sampled_from([None, "static", "quantized"]),
+    again=st.booleans(),
+    saved=st.booleans(),
+)
+@example(  # rows keep different numbers of drafts
+    pattern="ME*M-", seed=3, rows=3, padding=True, depth=3, new=16, implementation=None, again=False, saved=True,
+)  # fmt: skip
+def test_the_returned_cache_continues(
+    pattern, seed, rows, padding, depth, new, implementation, again, saved, make_model, prompts, tmp_path_factory
+):
+    """It is the one that plain decoding leaves: any call may go on with it, and it may be saved."""
+    model = make_model(pattern, seed=seed, scale=(1.0, 4.0)[seed % 2], **MTP)
+    ids, mask = prompts(rows, 7, padding, seed)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True}
+    begun = options | {"attention_mask": mask, "max_new_tokens": new, "cache_implementation": implementation}
+    plain = model.generate(ids, **begun)
+    found = model.generate(ids, use_mtp=True, num_assistant_tokens=depth, **begun)
+    assert found.sequences.equal(plain.sequences)
+    assert found.cache.get_seq_length() == found.sequences.shape[1] - 1
+    cache = found.cache
+    if saved:
+        file = tmp_path_factory.mktemp("saved") / "a.safetensors"
+        save_snapshot(cache, file, model)
+        cache = load_snapshot(file, model, kv_dtype=cache.kv_dtype)
+    turn = torch.cat([found.sequences, prompts(rows, 3, False, 99)[0]], 1)
+    options |= {"attention_mask": torch.cat([mask, mask.new_ones(rows, new + 3)], 1), "max_new_tokens": 9}
+    expected = model.generate(turn, cache=plain.cache, **options)
+    found = model.generate(turn, cache=cache, use_mtp=again, **options)
+    assert found.sequences.equal(expected.sequences)
+    if implementation != "static":
+        for layer, plain_layer in zip(found.cache.layers, expected.cache.layers, strict=True):
+            if getattr(plain_layer, "keys", None) is not None:
+                assert layer.keys.shape == plain_layer.keys.shape
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("end", ["padded", "overshot"])
+def test_rows_that_end_apart_do_not_continue(implementation, end, make_model, prompts, rules, tmp_path):
+    """Plain decoding has read padding behind those that ended early; and nothing behind the end of the longest."""
+    model = make_model("ME*M-", seed=1, **MTP)
+    ids, mask = prompts(3, 6, True, 1)
+    options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    if end == "padded":
+        options["eos_token_id"] = list(range(20))
+    else:
+        with torch.no_grad():
+            model.lm_head.weight.zero_()  # always writes token 0, so that all drafts are kept
+        options |= {"eos_token_id": None, "stopping_criteria": [rules.StopAfter((0, 0))]}
+    found = model.generate(
+        ids, use_mtp=True, num_assistant_tokens=3, return_dict_in_generate=True, cache_implementation=implementation,
+        **options,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="rows of different lengths"):
+        model.generate(found.sequences, cache=found.cache, max_new_tokens=3)
+    with pytest.raises(ValueError, match="rows of different lengths"):
+        save_snapshot(found.cache, tmp_path / "a.safetensors", model)
+    found.cache.reset()
+    assert model.generate(ids, cache=found.cache, **options).equal(model.generate(ids, **options))
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
