@@ -16,7 +16,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -27,6 +33,22 @@ from .drafting import MOST_DEPTHS, GrowingReader
 from .speculative import accept, target_tokens
 from .static_cache import LONGEST_STEP, StaticHybridCache
 from .stopping_rules import UsualRules
+
+_SCHEDULES = ("constant", "heuristic", "heuristic_transient")
+# Ways of decoding, and of judging drafts, that are not this loop's.
+_OTHER_WAYS = (
+    "penalty_alpha",
+    "dola_layers",
+    "constraints",
+    "force_words_ids",
+    "assistant_ensemble_weight",
+    "speculation_type",
+)
+# Processors that take a call for one more token of the text, and the options that bring them.
+_STATEFUL = {
+    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
+    SynthIDTextWatermarkLogitsProcessor: "watermarking_config",
+}
 
 
 @dataclass
@@ -220,6 +242,16 @@ def check_mtp_options(model, config: GenerationConfig, assistant_model) -> None:
         )
     if config.compile_config is not None:
         raise ValueError("`use_mtp` compiles nothing: leave `compile_config` out.")
+    for name in _OTHER_WAYS:
+        if getattr(config, name, None):
+            raise ValueError(
+                f"`use_mtp` decodes greedily or by sampling, and knows no `{name}`: leave it out, or decode without `use_mtp`."
+            )
+    if config.num_assistant_tokens_schedule not in _SCHEDULES:
+        raise ValueError(
+            f"`num_assistant_tokens_schedule` is {config.num_assistant_tokens_schedule!r}: it may be "
+            f"{', '.join(map(repr, _SCHEDULES))}."
+        )
     depth = config.num_assistant_tokens
     if not isinstance(depth, int) or not 1 <= depth <= MOST_DEPTHS:
         raise ValueError(
@@ -228,6 +260,21 @@ def check_mtp_options(model, config: GenerationConfig, assistant_model) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         if config.return_dict_in_generate and getattr(config, name):
             raise ValueError(f"`use_mtp` does not collect `{name}`: leave it out, or decode without `use_mtp`.")
+
+
+def refuse_stateful_processors(processors: LogitsProcessorList) -> None:
+    """Refuse those of transformers' that keep a state of the text between calls: drafts are processed, too, and refused.
+
+    Raises:
+        ValueError: naming the processor and the option that brings it.
+    """
+    for processor in processors:
+        for kind, option in _STATEFUL.items():
+            if isinstance(processor, kind):
+                raise ValueError(
+                    f"`{option}` adds a {kind.__name__}, which keeps a state that drafts would spoil: it counts every call as a "
+                    "token of the text. Leave it out, or decode without drafts."
+                )
 
 
 def generate_with_mtp(
@@ -323,6 +370,8 @@ def generate_with_mtp(
             depth = min(MOST_DEPTHS, depth + 2) if everything else max(1, depth - 1)
         reader.settle(going, token, open_rows)
 
+    if schedule == "heuristic":
+        model.generation_config.num_assistant_tokens = depth  # where the next call begins, as with an assistant model
     reader.finish()
     sequences = rows.sequences(config._pad_token_tensor)
     # Plain decoding has read all of a text but its newest token, with padding behind rows that ended early; drafts may also lie

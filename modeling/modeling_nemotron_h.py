@@ -29,7 +29,7 @@ from .block import NemotronHBlock
 from .cache import HybridCache, check_cache
 from .captured_decoding import borrow_cache, sample_captured
 from .fp8_cache import kv_dtype_of
-from .generation import check_mtp_options, generate_with_mtp
+from .generation import check_mtp_options, generate_with_mtp, refuse_stateful_processors
 from .latent_moe import NemotronHExperts, NemotronHTopkRouter
 from .linear import NemotronHLinear
 from .mamba2 import NemotronHMamba2Mixer
@@ -448,9 +448,19 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             return inputs_tensor.new_ones(inputs_tensor.shape[:2], dtype=torch.long)
         return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
 
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, *args):
+        if callable(custom_generate) and kwargs.get("use_mtp"):
+            raise ValueError("`use_mtp` and `custom_generate` are both a decoding loop: give one of them.")
+        return super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args)
+
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         if generation_config.use_mtp:
             check_mtp_options(self, generation_config, generation_mode_kwargs.get("assistant_model"))
+            if generation_mode_kwargs.get("synced_gpus"):
+                raise ValueError(
+                    "`use_mtp` does not keep several processes in step (`synced_gpus`): decode without it where parameters are "
+                    "sharded by ZeRO-3 or FSDP."
+                )
         else:
             super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
@@ -458,6 +468,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         self, input_ids, logits_processor, stopping_criteria, generation_config, inputs_tensor=None, **kwargs
     ):
         # `generate` looks the decoding loop up by this name, for every kind of drafts.
+        refuse_stateful_processors(logits_processor)
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
         if not generation_config.use_mtp:
             with stopping_at(stopping_criteria):
@@ -487,12 +498,30 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         return sample_captured(self, *arguments, streamer, model_kwargs)
 
+    def _prepare_generated_length(self, generation_config, *args, input_ids_length, inputs_tensor, **kwargs):
+        config = super()._prepare_generated_length(
+            generation_config, *args, input_ids_length=input_ids_length, inputs_tensor=inputs_tensor, **kwargs
+        )
+        # transformers takes a larger cache without a word.
+        prompt, new = inputs_tensor.shape[1], config.max_length - input_ids_length
+        if config.cache_implementation == "static" and 0 < (config.max_cache_len or 0) < prompt + new - 1:
+            raise ValueError(
+                f"A prompt of {prompt} tokens with {new} new ones does not fit into `max_cache_len={config.max_cache_len}`: give "
+                f"{prompt + new - 1} or more, ask for fewer tokens, or leave `max_cache_len` out for a cache that fits."
+            )
+        return config
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         # generate() would make a plain DynamicCache, whose Mamba layers cannot select or repeat rows. And no cache of
         # transformers' knows its length without an attention layer.
         given = model_kwargs.get("cache")
+        if generation_config.cache_implementation == "offloaded" and self.device.type != "cuda":
+            raise ValueError(
+                "`cache_implementation='offloaded'` keeps keys and values in CPU memory while a GPU computes: this model is on "
+                f"{self.device}. Leave it out."
+            )
         wanted, kv_dtype = generation_config, None
         fixed = wanted.cache_implementation == "static"
         if wanted.cache_implementation == "quantized" or (fixed and "backend" in (wanted.cache_config or {})):

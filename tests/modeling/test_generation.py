@@ -6,11 +6,18 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from nemotron_super.modeling.cache import HybridCache
 from nemotron_super.modeling.generation import MTPGenerateOutput
 from nemotron_super.modeling.snapshot import load_snapshot, save_snapshot
 from nemotron_super.modeling.speculative import accept, target_tokens
 from peft import LoraConfig, get_peft_model
-from transformers import CompileConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    CompileConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
+    WatermarkingConfig,
+)
 
 MTP = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
 PATTERNS = ["ME*M-", "M-M", "*-*", "ME"]
@@ -342,6 +349,63 @@ def test_a_cache_without_attention_continues(cache, make_model):
     assert first.cache.get_seq_length() == turn.shape[1] + 5
 
 
+WATERMARKS = {"lefthash": {"context_width": 2}, "selfhash": {"bias": 4.0}}
+
+
+@pytest.mark.parametrize("scheme", WATERMARKS)
+def test_a_watermark(scheme, make_model, prompts):
+    """It is drawn anew from the text at each call, so that drafts do not disturb it."""
+    watermark = WatermarkingConfig(seeding_scheme=scheme, **WATERMARKS[scheme])
+    ids, mask = prompts(3, 6, True, 2)
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    for scale in (1.0, 4.0):
+        model = make_model("ME*M-", scale=scale, **MTP)
+        expected = model.generate(ids, watermarking_config=watermark, **options)
+        assert not expected.equal(model.generate(ids, **options))
+        assert model.generate(ids, watermarking_config=watermark, use_mtp=True, **options).equal(expected)
+
+
+STATEFUL = {
+    "guidance_scale": ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidance"),
+    "watermarking_config": (
+        {"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2, 3]), "do_sample": True},
+        "SynthIDTextWatermark",
+    ),
+}
+
+
+@pytest.mark.parametrize("drafts", [{"use_mtp": True}, {"prompt_lookup_num_tokens": 2}], ids=str)
+@pytest.mark.parametrize("case", STATEFUL)
+def test_processors_with_a_state_are_refused(case, drafts, make_model):
+    """They take each call for a token of the text; nothing has been read when they are found."""
+    options, name = STATEFUL[case]
+    cache = HybridCache((model := make_model("ME*", **MTP)).config)
+    with pytest.raises(ValueError, match=f"`{case}`.*{name}"):
+        model.generate(torch.tensor([[3, 4]]), cache=cache, max_new_tokens=3, **options, **drafts)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "heuristic", "heuristic_transient"])
+def test_what_a_schedule_finds_out(schedule, make_model, prompts):
+    """`heuristic` goes on in the next call where this one ended, as with an assistant model; the others begin anew."""
+    model = make_model("ME*", **MTP)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every draft is kept
+    options = {"use_mtp": True, "max_new_tokens": 13, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"eos_token_id": None, "num_assistant_tokens_schedule": schedule}
+    model.generation_config.num_assistant_tokens = 1
+    ids, _ = prompts(1, 4, False, 0)
+    first, second = (len(model.generate(ids, **options).mtp_statistics.acceptance_rate) for _ in range(2))
+    assert (first, second) == {"constant": (1, 1), "heuristic": (5, 7), "heuristic_transient": (5, 5)}[schedule]
+    assert model.generation_config.num_assistant_tokens == (7 if schedule == "heuristic" else 1)
+
+
 def test_inputs_embeds(make_model, prompts):
     model = make_model("ME*M-", scale=1.0, **MTP)
     ids, mask = prompts(3, 7, True, 3)
@@ -383,6 +447,16 @@ BAD = {
     "two drafters": ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
     "no cache": ({"use_cache": False}, "use_cache"),
     "offloaded": ({"cache_implementation": "offloaded"}, "cache_implementation"),
+    "schedule": (
+        {"num_assistant_tokens_schedule": "foo"},
+        "num_assistant_tokens_schedule.*'foo'.*'heuristic_transient'",
+    ),
+    "DoLa": ({"dola_layers": "high"}, "dola_layers"),
+    "contrastive": ({"penalty_alpha": 0.6, "top_k": 4, "trust_remote_code": True}, "penalty_alpha"),
+    "constrained": ({"force_words_ids": [[5]], "trust_remote_code": True}, "force_words_ids"),
+    "ensemble": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
+    "custom loop": ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate"),
+    "several processes": ({"synced_gpus": True}, "synced_gpus"),
     "compiled": ({"cache_implementation": "static", "compile_config": CompileConfig()}, "compile_config"),
     "hidden states": ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states"),
 }
@@ -393,6 +467,25 @@ def test_refused(case, make_model):
     options, named = BAD[case]
     with pytest.raises(ValueError, match=named):
         make_model("ME*", **MTP).generate(torch.tensor([[3]]), use_mtp=True, max_new_tokens=3, **options)
+
+
+@pytest.mark.parametrize("drafts", [{}, {"use_mtp": True}], ids=str)
+def test_a_prompt_that_does_not_fit(drafts, make_model):
+    model, ids = make_model("ME*", **MTP), torch.full((1, 7), 5)
+    options = {"cache_implementation": "static", "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **drafts}
+    with pytest.raises(ValueError, match=r"7 tokens with 16 new ones.*`max_cache_len=21`.*22 or more"):
+        model.generate(ids, max_new_tokens=16, max_cache_len=21, **options)
+    embeds = model.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match=r"7 tokens with 16 new ones.*`max_cache_len=3`"):
+        model.generate(inputs_embeds=embeds, max_new_tokens=16, max_cache_len=3, **options)
+    fits = model.generate(ids, max_new_tokens=16, max_cache_len=22, **options)
+    assert fits.equal(model.generate(ids, max_new_tokens=16, **options))
+    assert model.generate(inputs_embeds=embeds, max_new_tokens=16, max_cache_len=22, **options).equal(fits[:, 7:])
+
+
+def test_an_offloaded_cache_needs_a_gpu(make_model):
+    with pytest.raises(ValueError, match=r"'offloaded'.*this model is on cpu"):
+        make_model("ME*").generate(torch.tensor([[3]]), cache_implementation="offloaded", max_new_tokens=3)
 
 
 def test_refused_without_mtp_or_with_another_drafter(make_model):
