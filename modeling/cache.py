@@ -109,6 +109,11 @@ class Mamba2CacheLayer(LinearAttentionLayer):
         """Bring the layer back to its device."""
         self._map_states(lambda state: state.to(self.device, non_blocking=True))
 
+    def to(self, device: torch.device) -> None:
+        """Move the layer, and what comes to it, to another device."""
+        self._map_states(lambda state: state.to(device))
+        self.device = device
+
     def reset(self) -> None:
         """Forget every token."""
         super().reset()
@@ -212,6 +217,23 @@ class HybridCache(DynamicCache):
             elif layer.is_initialized and common:
                 layer.crop(common)
         self._tokens_seen += common
+
+    def to(self, device: torch.device | str | int) -> HybridCache:
+        """Move every state to `device`, in place, and return the cache, for a model that has moved there too.
+
+        Keys and values that are offloaded stay in CPU memory, to be fetched by that device.
+        """
+        device = torch.device(device)
+        for layer in self.layers:
+            if isinstance(layer, Mamba2CacheLayer):
+                layer.to(device)
+            elif getattr(layer, "keys", None) is not None:
+                layer.device = device
+                if not self.offloading:
+                    layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+                if getattr(layer, "format", None) is not None:
+                    layer.format = layer.format.to(device)
+        return self
 
     def keep_positions(self, there: torch.Tensor) -> None:
         """Drop attention keys that no query may see any more, such as those that `crop` left in rows that gave back more.

@@ -56,6 +56,10 @@ class Fp8Format:
         one = torch.ones((), dtype=torch.float32, device=device)
         return cls(*(one if scale is None else scale.detach().to(device).clone() for scale in (k_scale, v_scale)))
 
+    def to(self, device: torch.device) -> Fp8Format:
+        """The same on another device."""
+        return Fp8Format(self.k_scale.to(device), self.v_scale.to(device))
+
     def pack(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """As stored, float8_e4m3fn, of the same shapes; what lies beyond the range becomes its end."""
         return quantize_fp8(keys, self.k_scale), quantize_fp8(values, self.v_scale)

@@ -348,6 +348,16 @@ class StaticHybridCache(HybridCache):
         super().crop(tokens_to_remove)
         self.slots.seen += tokens_to_remove
 
+    def to(self, device: torch.device | str | int) -> StaticHybridCache:
+        """As `HybridCache.to`; what only drafts and recorded steps need is made anew there."""
+        super().to(device)
+        self.graphs, self.mtp = CUDAGraphs(), None
+        self.slots.positions = self.slots.there = None
+        for layer in self.layers:
+            if isinstance(layer, StaticMamba2Layer):
+                layer.drafts = torch.empty(0)
+        return self
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         self.graphs.clear()  # the tensors have moved

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from nemotron_super.modeling import cache as cache_module
 from nemotron_super.modeling import mamba2
 from nemotron_super.modeling.cache import HybridCache
+from nemotron_super.modeling.fp8_cache import FP8
+from nemotron_super.modeling.static_cache import StaticHybridCache
 
 pytestmark = pytest.mark.usefixtures("exact_floats")
 
@@ -98,14 +100,68 @@ def test_rows_take_back_different_numbers(pattern, backs, left, make_model, rela
         mask = mask * (torch.arange(mask.shape[1]) < (mask.shape[1] - (taken - min(back)))[:, None])
 
 
+def offload_and_prefetch(layers):
+    """There and back by copies, since both devices are the CPU; what was left behind is spoilt."""
+    before = [tensors_of(layer) for layer in layers]
+    assert all(len(tensors) == 3 for tensors in before)  # both states, and what is pending
+    for device, move in (("cpu", "offload"), (layers[0].device, "prefetch")):
+        asked = []
+
+        def to(tensor, where, asked=asked, **kwargs):
+            asked.append(where)
+            copy = tensor.clone()
+            tensor.fill_(torch.nan)
+            return copy
+
+        with mock.patch.object(torch.Tensor, "to", to):
+            for layer in layers:
+                getattr(layer, move)()
+        assert asked == [device] * 3 * len(layers)
+
+
+def tensors_of(part):
+    """Every tensor that an object holds, in attributes, dictionaries and lists too."""
+    if torch.is_tensor(part):
+        return [part]
+    if isinstance(part, dict):
+        part = list(part.values())
+    elif hasattr(part, "__dict__") and type(part).__module__.startswith(("nemotron_super.", "transformers.cache")):
+        part = list(vars(part).values())
+    return [tensor for inner in part for tensor in tensors_of(inner)] if isinstance(part, list) else []
+
+
+@pytest.mark.parametrize("kind", ["growing", "fp8", "static", "static fp8", "offloading"])
+def test_to_another_device(kind, make_model):
+    """Nothing of it stays behind."""
+    model = make_model("ME*M", num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*E")
+    kv_dtype = FP8 if "fp8" in kind else None
+    if "static" in kind:
+        cache = StaticHybridCache(model.config, 40, kv_dtype=kv_dtype)
+        model.generate(tokens(2, 5), cache=cache, use_mtp=True, max_new_tokens=6, eos_token_id=None, pad_token_id=0)
+    else:
+        cache = HybridCache(model.config, kv_dtype=kv_dtype)
+        feed(model, cache, tokens(2, 5))
+        cache.activate_past_recording()
+        feed(model, cache, tokens(2, 4))
+        cache.crop(torch.tensor([-1, -2]))
+        assert cache.layers[0].pending_lengths is not None
+    held, length = len(tensors_of(cache.layers)), cache.get_seq_length()
+    cache.offloading = kind == "offloading"
+    assert cache.to("meta") is cache and cache.get_seq_length() == length
+    assert len(tensors_of(cache.layers)) == held - (2 if "static" in kind else 0)  # where slots lie is made anew
+    stayed = [t for t in tensors_of(cache) if t.device.type != "meta" and t.numel()]
+    assert len(stayed) == (2 if cache.offloading else 0)  # keys and values, until they are fetched
+    cache.layers[2].prefetch()
+    assert cache.layers[2].keys.device.type == "meta"
+
+
 @pytest.mark.parametrize("change", ["copy", "select", "repeat", "reorder", "offload"])
 def test_a_recorded_past_follows_its_rows(change, make_model, relative):
     model = make_model("ME*M", exact=True)
     cache = HybridCache(model.config)
-    cache.activate_past_recording()
     first, draft, last = tokens(3, 5), tokens(3, 4, 1), tokens(3, 2, 2)
     feed(model, cache, first)
-    cache.crop(0)
+    cache.activate_past_recording()
     feed(model, cache, draft)
     rows = torch.arange(3)
     if change == "copy":
@@ -120,10 +176,7 @@ def test_a_recorded_past_follows_its_rows(change, make_model, relative):
         rows = torch.tensor([1, 1, 0])
         cache.reorder_cache(rows)
     else:
-        for layer in cache.layers:
-            if isinstance(layer, cache_module.Mamba2CacheLayer):
-                layer.offload()
-                layer.prefetch()
+        offload_and_prefetch([layer for layer in cache.layers if isinstance(layer, cache_module.Mamba2CacheLayer)])
     cache.crop(-3)
     found = feed(model, cache, last[rows])
     with torch.no_grad():
