@@ -170,7 +170,7 @@ class HybridCache(DynamicCache):
         self.kv_dtype = kv_dtype
         self._has_attention = "full_attention" in kinds
         self._tokens_seen = 0
-        self.holds_packed_documents = False
+        self.holds_packed_documents = self.holds_padding = False
 
     @property
     def is_compileable(self) -> bool:
@@ -183,10 +183,11 @@ class HybridCache(DynamicCache):
         # Not by `super()`, through which a compiler finds no property.
         return [self._has_attention and isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers]
 
-    def note_tokens(self, count: int, packed: bool) -> None:
+    def note_tokens(self, count: int, packed: bool = False, padded: bool = False) -> None:
         """Called once per forward: a model of Mamba-2 layers only has no keys to count."""
         self._tokens_seen += count
         self.holds_packed_documents |= packed
+        self.holds_padding |= padded
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of positions seen so far, padding included."""
@@ -255,7 +256,7 @@ class HybridCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self._tokens_seen = 0
-        self.holds_packed_documents = self.ragged = False
+        self.holds_packed_documents = self.holds_padding = self.ragged = False
 
 
 class MTPCache(DynamicCache):

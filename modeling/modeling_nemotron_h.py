@@ -252,7 +252,9 @@ class NemotronHModel(NemotronHPreTrainedModel):
             hidden_states = layer(hidden_states, layout=layout, cache=cache, **kwargs)
         hidden_states = self.norm_f(hidden_states.to(self.norm_f.weight.dtype))
         if isinstance(cache, HybridCache):
-            cache.note_tokens(inputs_embeds.shape[1], packed=layout.seq_idx is not None)
+            # On a GPU nobody has looked at the mask of a single token, and there is no order.
+            padded = layout.padding is not None and layout.padding.order is not None
+            cache.note_tokens(inputs_embeds.shape[1], packed=layout.seq_idx is not None, padded=padded)
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, cache=cache if use_cache else None)
 
     def prepare_inputs(

@@ -31,6 +31,7 @@ _IRRELEVANT = (
     "_name_or_path",
 )
 _SAMPLED = 16
+_MASK = "attention_mask"
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -47,18 +48,26 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def save_snapshot(cache: HybridCache, path: Path | str, model: PreTrainedModel) -> None:
+def save_snapshot(
+    cache: HybridCache, path: Path | str, model: PreTrainedModel, attention_mask: torch.Tensor | None = None
+) -> None:
     """Write a cache to a safetensors file, with every state in the dtype that it has.
 
     Args:
         cache: filled by `model`.
         path: the file; written beside it first and then moved, so that it is never half there.
+        attention_mask: (batch, tokens) with 0 for padding, of all that the cache holds. Whoever goes on with the cache needs
+            it: `snapshot_mask` reads it back. None where there was no padding.
 
     Raises:
-        ValueError: the cache is empty, still holds tokens of a recorded past, or rows that drafts left at different lengths.
+        ValueError: the cache holds padding but no mask is given, or one of another shape; it is empty, still holds tokens of a recorded past, or rows that drafts left at different lengths.
     """
     refuse_ragged(cache)
     tensors: dict[str, torch.Tensor] = {}
+    if attention_mask is None and cache.holds_padding:
+        raise ValueError(
+            "`cache` holds padding, which nothing in it marks: give the `attention_mask` of all that it holds, (batch, tokens)."
+        )
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, Mamba2CacheLayer) and layer.pending is not None:
             raise ValueError(
@@ -73,6 +82,11 @@ def save_snapshot(cache: HybridCache, path: Path | str, model: PreTrainedModel) 
                 tensors[f"layers.{index}.{name}"] = tensor.detach().contiguous()
     if not tensors:
         raise ValueError("`cache` is empty: there is nothing to save.")
+    if attention_mask is not None:
+        held = (next(t.shape[0] for t in tensors.values() if t.dim()), cache.get_seq_length())
+        if attention_mask.shape != held:
+            raise ValueError(f"`attention_mask` has shape {tuple(attention_mask.shape)}, but `cache` holds {held}.")
+        tensors[_MASK] = attention_mask.detach().to(torch.long).contiguous()
     metadata = {
         "format": _FORMAT,
         "fingerprint": fingerprint(model),
@@ -89,7 +103,8 @@ def load_snapshot(path: Path | str, model: PreTrainedModel, kv_dtype: torch.dtyp
     """Read a cache that `save_snapshot` wrote, onto `model`'s device.
 
     To continue it more than once, give each continuation a `copy.deepcopy`; for a batch,
-    `cache.batch_repeat_interleave(rows)`.
+    `cache.batch_repeat_interleave(rows)`. Behind a padded prompt, give the continuation `snapshot_mask(path)` with a 1 for each
+    of its tokens.
 
     Args:
         kv_dtype: as in `HybridCache`, and as the snapshot was made with.
@@ -102,7 +117,8 @@ def load_snapshot(path: Path | str, model: PreTrainedModel, kv_dtype: torch.dtyp
         with safe_open(path, "pt", device=str(model.device)) as file:
             metadata = file.metadata() or {}
             _check_metadata(metadata, path, model, kv_dtype)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name != _MASK}  # noqa: SIM118
+            padded = _MASK in file.keys() and not bool(file.get_tensor(_MASK).all())  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}. Make the snapshot again.") from error
     cache = HybridCache(model.config, kv_dtype=kv_dtype)
@@ -120,9 +136,15 @@ def load_snapshot(path: Path | str, model: PreTrainedModel, kv_dtype: torch.dtyp
             layer.store(found["keys"], found["values"])
         elif found:
             cache.update(found["keys"], found["values"], index)
-    cache.note_tokens(int(metadata["tokens"]), packed=False)
+    cache.note_tokens(int(metadata["tokens"]), padded=padded)
     check_cache(cache, model.config, batch=next(t.shape[0] for t in tensors.values() if t.dim()))
     return cache
+
+
+def snapshot_mask(path: Path | str) -> torch.Tensor | None:
+    """The `attention_mask` that a snapshot was saved with, (batch, tokens) int64; None where there was none."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(_MASK) if _MASK in file.keys() else None  # noqa: SIM118
 
 
 def _check_metadata(metadata: dict[str, str], path, model: PreTrainedModel, kv_dtype: torch.dtype | None) -> None:

@@ -308,11 +308,11 @@ class StaticHybridCache(HybridCache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return self.slots.size
 
-    def note_tokens(self, count: int, packed: bool) -> None:
+    def note_tokens(self, count: int, packed: bool = False, padded: bool = False) -> None:
         """Called once per forward. In a fixed step whoever makes it counts."""
         if self.slots.index is None:
+            super().note_tokens(count, packed, padded)
             self.slots.seen += count
-            self.holds_packed_documents |= packed
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of positions seen so far, padding included; of the longest row."""

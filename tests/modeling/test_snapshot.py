@@ -1,11 +1,13 @@
 """One long prompt, read once: continued many times, in batches, and in another process."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 from nemotron_super.modeling.cache import HybridCache
-from nemotron_super.modeling.snapshot import load_snapshot, save_snapshot
+from nemotron_super.modeling.snapshot import load_snapshot, save_snapshot, snapshot_mask
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -46,6 +48,60 @@ def test_continued_as_a_batch(model):
     cache.batch_repeat_interleave(3)
     turns = torch.cat([torch.cat([ids, prompt(5, seed)], 1) for seed in range(3)])
     assert model.generate(turns, cache=cache, **GREEDY).equal(model.generate(turns, **GREEDY))
+
+
+@pytest.mark.parametrize("use_mtp", [False, True])
+def test_a_padded_batch(use_mtp, model, tmp_path):
+    """Its mask is saved with it, and asked for."""
+    file = tmp_path / "a.safetensors"
+    ids, mask = torch.cat([prompt(9, 1), prompt(9, 2)]), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    cache = HybridCache(model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, cache=cache, use_cache=True)
+    with pytest.raises(ValueError, match=r"holds padding.*attention_mask"):
+        save_snapshot(cache, file, model)
+    with pytest.raises(ValueError, match=r"shape \(2, 8\), but `cache` holds \(2, 9\)"):
+        save_snapshot(cache, file, model, mask[:, 1:])
+    save_snapshot(cache, file, model, mask)
+    cache = load_snapshot(file, model)
+    with pytest.raises(ValueError, match="holds padding"):
+        save_snapshot(cache, file, model)
+    assert snapshot_mask(file).equal(mask)
+    turn, more = torch.cat([ids, prompt(3, 3).expand(2, -1)], 1), torch.ones(2, 3, dtype=torch.long)
+    whole = torch.cat([mask, more], 1)
+    found = model.generate(
+        turn, cache=cache, attention_mask=torch.cat([snapshot_mask(file), more], 1), use_mtp=use_mtp, **GREEDY
+    )
+    assert found.equal(model.generate(turn, attention_mask=whole, **GREEDY))
+    save_snapshot(prefilled(model, prompt(9)), file, model)
+    assert snapshot_mask(file) is None
+
+
+CONTINUE = """
+import sys, torch
+from nemotron_super import NemotronHForCausalLM
+from nemotron_super.modeling.snapshot import load_snapshot
+folder, ids = sys.argv[1], torch.tensor([[int(i) for i in sys.argv[2].split(",")]])
+model = NemotronHForCausalLM.from_pretrained(folder)
+cache = load_snapshot(folder + "/prompt.safetensors", model)
+assert cache.get_seq_length() == 40
+print(model.generate(ids, cache=cache, max_new_tokens=8, do_sample=False, pad_token_id=0).tolist())
+"""
+
+
+def test_continued_in_another_process(make_model, tmp_path):
+    model, ids = make_model("ME*M-"), prompt(40)
+    model.save_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path)
+    save_snapshot(prefilled(model, ids), tmp_path / "prompt.safetensors", model)
+    turn = torch.cat([ids, prompt(5, 1)], 1)
+    text = ",".join(map(str, turn[0].tolist()))
+    done = subprocess.run(
+        [sys.executable, "-c", CONTINUE, tmp_path, text], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == str(model.generate(turn, **GREEDY).tolist())
 
 
 FIELDS = {"configuration": {"n_groups": 1}, "SSM dtype": {"mamba_ssm_cache_dtype": "bfloat16"}}
