@@ -42,6 +42,7 @@ from .remote_code import AUTO_MAP, STUB_FILE, write_stub
 from .static_cache import LONGEST_STEP, StaticHybridCache
 from .stopping_drafts import stopping_at, until_stop
 from .token_layout import TokenLayout, describe_tokens
+from .unmapped_slices import unmapped_slices
 from .weight_checks import check_headers, name_truncated_file, refuse_non_finite, refuse_pickled
 
 # The argument's name before transformers 5.24, which callers will use for a while.
@@ -93,6 +94,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         # `from_pretrained` and adapters come through here, the latter with keys of their own.
         if state_dict is None and expected_keys is None:
             check_headers(model, checkpoint_files, load_config)
+            state_dict = unmapped_slices(checkpoint_files, load_config)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
