@@ -87,7 +87,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def _multiply_fp8(x: Tensor, input_scale: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    rows = quantize_fp8(x.reshape(-1, x.shape[-1]), input_scale)
+    rows = quantize_fp8(x.reshape(-1, x.shape[-1]).float(), input_scale)
     each = ScalingType.TensorWise
     out = F.scaled_mm(rows, weight.t(), input_scale, each, scale, each, output_dtype=x.dtype)
     return out.view(*x.shape[:-1], weight.shape[0])

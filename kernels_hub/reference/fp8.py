@@ -11,7 +11,7 @@ from .nvfp4 import E4M3_MAX
 def quantize_fp8(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale rounded to float8_e4m3fn, ties to even; what lies beyond 448 becomes 448 instead of NaN.
 
-    The quotient is rounded to the dtype of x on its way, as ModelOpt does it: from bfloat16 the bytes are the same.
+    The quotient is rounded to the dtype of x on its way, as ModelOpt exports weights: from bfloat16 the bytes are the same.
 
     Args:
         scale: float32, positive, broadcastable to x.

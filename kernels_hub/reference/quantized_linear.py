@@ -85,7 +85,7 @@ def simulate_nvfp4(x: Tensor, global_scale: Tensor) -> Tensor:
 
 
 def simulate_fp8(x: Tensor, scale: Tensor) -> Tensor:
-    """x as FP8 holds it, with the stored scale ()."""
+    """x as FP8 holds it, with the stored scale (): rounded once, as ModelOpt's simulation and readers of its checkpoints do."""
     with torch.no_grad():
-        rounded = dequantize_fp8(quantize_fp8(x, scale), scale, x.dtype)
+        rounded = dequantize_fp8(quantize_fp8(x.float(), scale), scale, x.dtype)
     return _StraightThrough.apply(x, rounded)

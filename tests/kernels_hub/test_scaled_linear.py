@@ -96,6 +96,17 @@ def test_fp8(shape, dtype):
     torch.testing.assert_close(grad, expected)
 
 
+def test_inputs_are_rounded_once():
+    """From the float32 quotient: by way of bfloat16, as weights are exported, some would end in the other of two neighbours."""
+    torch.manual_seed(0)
+    x, scale = torch.randn(64, 64).bfloat16(), torch.tensor(0.0123)
+    once = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert not once.view(torch.uint8).equal(quantize_fp8(x, scale).view(torch.uint8))
+    assert simulate_fp8(x, scale).equal((once.float() * scale).bfloat16())
+    eye, one = torch.eye(64).to(torch.float8_e4m3fn), torch.tensor(1.0)
+    assert scaled_fp8_linear(x, eye, one, scale).equal(simulate_fp8(x, scale))
+
+
 def test_fp4_as_it_is_handed_over(monkeypatch):
     """torch's product, written out in float64 from the layouts it is documented to take, gives the simulated product."""
     torch.manual_seed(0)
