@@ -29,6 +29,7 @@ from .chat import chat_documents
 from .curves import draw_run
 from .documents import DocumentStream, text_documents
 from .evaluation import HeldOut, evaluate_windows
+from .fsdp import load_on_first_rank
 from .lora import add_lora, allow_out_proj, export_merged
 from .run_config import ConfigError, LoraRunConfig, PretrainConfig, RunConfig, SftConfig
 from .trainer import (
@@ -78,7 +79,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         "decay_type": "1-sqrt",
         "min_lr_ratio": config.minimum_rate_share,
     }
-    model = _model(config)
+    model = _model(config, arguments)
     collator = PadRows(tokenizer.pad_token_id or 0, config.length if streams else None)
     trainer = NemotronTrainer(
         model,
@@ -235,14 +236,16 @@ def _size(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def _model(config: RunConfig) -> nn.Module:
+def _model(config: RunConfig, arguments: TrainingArguments) -> nn.Module:
     dtype = getattr(torch, config.dtype)
     if config.model.startswith("preset:"):
         fresh = preset(config.model.removeprefix("preset:"), initializer_range=PRETRAINING_INITIALIZER_RANGE)
         model = NemotronHForCausalLM(fresh).to(dtype)
-    else:
-        sharding = DistributedConfig(**config.distributed) if config.distributed else None
+    elif config.distributed:
+        sharding = DistributedConfig(**config.distributed)
         model = NemotronHForCausalLM.from_pretrained(config.model, dtype=dtype, distributed_config=sharding)
+    else:
+        model = load_on_first_rank(config.model, arguments, dtype)
     for name, value in (("mtp_loss_scaling_factor", config.mtp_scale), ("mtp_num_depths", config.mtp_depths)):
         if value is not None:
             setattr(model.config, name, value)

@@ -17,10 +17,12 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .flops import attended_pairs, multiplications
+from .fsdp import prepare_fsdp
 from .load_balancing import RouterBiasCallback
 
 # Small, and moved by steps that vanish in bfloat16; their layers compute with them in float32 in any case.
@@ -123,6 +125,12 @@ class NemotronTrainer(Trainer):
                 "Context parallelism is not supported: Mamba-2 states and MTP targets would have to cross from one rank's "
                 "part of the sequence to the next. Use data, expert or FSDP sharding, and gradient checkpointing."
             )
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                "`fsdp` is not supported on the CPU: accelerate would leave every process with the whole model, unsaid."
+            )
+        if self.is_fsdp_enabled:
+            prepare_fsdp(self.accelerator, self.model)
         self.loss_over, self.peak_tflops = loss_over, peak_tflops
         self.balance = RouterBiasCallback(router_bias_rate, balance_coefficient)
         self.add_callback(self.balance)
@@ -225,6 +233,16 @@ class NemotronTrainer(Trainer):
             logs |= self.balance.take_logs()
             self._start_interval()
         super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer`'s: the whole model in the published layout, also where checkpoints on the way keep shards only."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or _internal_call or plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT:
+            super().save_model(output_dir, _internal_call)
+            return
+        whole = self.accelerator.get_state_dict(self.model)  # on the first rank; the others get nothing
+        if self.args.should_save:
+            self._save(output_dir, state_dict=whole)
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

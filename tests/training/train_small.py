@@ -3,7 +3,8 @@
 `python train_small.py OUTPUT --steps 20 [--batch 4] [--accumulation 1] [--kill-at 13]` writes what was logged to
 OUTPUT/log.json and the final weights to OUTPUT/final. It resumes from OUTPUT's last complete checkpoint if there is one.
 `--distributed '{"fsdp_size": 2, "ep_size": 2}'` shards the model by transformers' own plans; such a run writes no checkpoints.
-`--deepspeed '{"zero_optimization": {"stage": 3}, ...}'` leaves it to DeepSpeed.
+`--deepspeed '{"zero_optimization": {"stage": 3}, ...}'` leaves it to DeepSpeed, `--fsdp '{"version": 2, ...}'` to accelerate's FSDP2.
+Everything runs on the CPU, with gloo, unless `--cuda` is given.
 """
 
 import argparse
@@ -15,10 +16,15 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from nemotron_super import NemotronHConfig, NemotronHForCausalLM
+from nemotron_super.modeling.block import NemotronHBlock
+from nemotron_super.modeling.mtp import NemotronHMTPBlock
 from nemotron_super.training.best_fit import BestFitRows, PadRows
 from nemotron_super.training.documents import TokenDocument
+from nemotron_super.training.fsdp import load_on_first_rank
 from nemotron_super.training.trainer import NemotronTrainer, last_complete_checkpoint
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
@@ -64,15 +70,21 @@ class FullDiskAfter(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
-def make_model(options: argparse.Namespace) -> NemotronHForCausalLM:
+def make_model(options: argparse.Namespace, arguments: TrainingArguments) -> NemotronHForCausalLM:
     """A new model; where it is sharded while it is loaded, the same one from a file."""
     set_seed(0)
     model = NemotronHForCausalLM(NemotronHConfig(**SMALL))
-    if options.distributed is None and options.deepspeed is None:
+    if options.distributed is options.deepspeed is options.fsdp is None:
         return model
-    if PartialState().is_main_process:
+    first = PartialState().is_main_process
+    if first:
         model.save_pretrained(options.output / "initial")
     PartialState().wait_for_everyone()
+    if options.fsdp is not None:
+        loaded = load_on_first_rank(options.output / "initial", arguments, torch.float32)
+        read = loaded.lm_head.weight.equal(model.lm_head.weight)
+        assert read == (first or not options.fsdp.get("cpu_ram_efficient_loading"))
+        return loaded
     sharding = None if options.distributed is None else DistributedConfig(**options.distributed)
     return NemotronHForCausalLM.from_pretrained(options.output / "initial", distributed_config=sharding)
 
@@ -88,16 +100,26 @@ def main() -> None:
     parser.add_argument("--loss-over", default="tokens")
     parser.add_argument("--distributed", type=json.loads, help="fields of a DistributedConfig")
     parser.add_argument("--deepspeed", type=json.loads, help="DeepSpeed's configuration")
+    parser.add_argument("--fsdp", type=json.loads, help="TrainingArguments' `fsdp_config`")
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations again")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--cuda", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     arguments = TrainingArguments(
         str(options.output), max_steps=options.steps, per_device_train_batch_size=options.batch,
         gradient_accumulation_steps=options.accumulation, learning_rate=3e-3, weight_decay=0.1, logging_steps=1, save_steps=5,
-        save_strategy="steps" if options.distributed is None else "no", report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="steps" if options.distributed is None else "no", report_to=[], use_cpu=not options.cuda, disable_tqdm=True,
         seed=0, remove_unused_columns=False, ddp_find_unused_parameters=False, deepspeed=options.deepspeed,
+        fsdp=options.fsdp is not None, fsdp_config=options.fsdp, bf16=options.bf16,
+        activation_checkpointing=options.checkpointing,
     )  # fmt: skip
+    if options.fsdp is not None and not options.cuda:
+        # accelerate puts its FSDP2 to work on accelerators alone, and on CPU processes does without it, unsaid. All of
+        # it runs on gloo and the CPU, though: only the question what kind of processes these are is answered otherwise.
+        PartialState().distributed_type = DistributedType.MULTI_GPU
     trainer = NemotronTrainer(
-        make_model(options),
+        make_model(options, arguments),
         arguments,
         train_dataset=make_rows(),
         data_collator=PadRows(0),
@@ -111,6 +133,9 @@ def main() -> None:
     )
     checkpoint = last_complete_checkpoint(options.output)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if options.fsdp is not None:
+        blocks = [m for m in trainer.model.modules() if isinstance(m, NemotronHBlock | NemotronHMTPBlock)]
+        assert len(blocks) == 6 and all(isinstance(block, FSDPModule) for block in blocks)
     trainer.save_model(str(options.output / "final"))  # gathers what is sharded
     if trainer.args.process_index == 0:
         (options.output / "log.json").write_text(json.dumps(trainer.state.log_history))
