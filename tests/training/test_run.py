@@ -197,6 +197,10 @@ def test_recipes(recipe):
     assert config.rows_per_step % config.rows_per_device == 0
     assert bool(config.trainer.get("fsdp")) == bool(config.trainer.get("bf16")) == (size == "super")
     assert config.dtype == "float32", "FSDP shards parameters of one dtype"
+    if size == "super":
+        sft = SftConfig.load(RECIPES / "super_sft.yaml")
+        assert config.trainer == sft.trainer, "what runs in test_trainer.py"
+        assert config.rows_per_device * config.length <= 16384, "what fits: super_on_64_gpus.md"
 
 
 def test_there_is_a_recipe_for_every_command_and_size():

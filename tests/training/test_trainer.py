@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import nemotron_super
 import pytest
 import torch
+import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin, merge_fsdp_weights
 from nemotron_super import NemotronHForCausalLM
 from nemotron_super.training.best_fit import BestFitRows, PadRows
@@ -359,11 +360,8 @@ def same_course(one, two):
         )
 
 
-# As the recipes have it.
-FSDP = {
-    "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": True,
-    "state_dict_type": "SHARDED_STATE_DICT",
-}  # fmt: skip
+RECIPES = Path(nemotron_super.__file__).parent / "training" / "recipes"
+FSDP = yaml.safe_load((RECIPES / "super_sft.yaml").read_text(encoding="utf-8"))["trainer"]["fsdp_config"]
 
 
 @pytest.mark.slow
@@ -445,7 +443,7 @@ def test_deepspeed(whole, tmp_path, monkeypatch, stage):
     """ZeRO, from DeepSpeed's own configuration: the same losses, and the published layout at the end."""
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    config = json.loads((Path(nemotron_super.__file__).parent / "training/recipes/super_zero3.json").read_text())
+    config = json.loads((RECIPES / "super_zero3.json").read_text())
     config["zero_optimization"]["stage"] = stage
     run(tmp_path, "--steps", "50", "--batch", "2", "--deepspeed", json.dumps(config), processes=2)
     same_course(whole, tmp_path)
