@@ -409,6 +409,20 @@ def test_fsdp_in_bfloat16(tmp_path):
     assert all(tensor.equal(state[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
+def test_fsdp_with_adapters(tmp_path):
+    """Adapters on linear maps and routed experts, over sharded frozen weights: those of one process, in PEFT's format."""
+    options = ("--steps", "5", "--adapters")
+    run(tmp_path / "one", *options, "--batch", "4")
+    run(tmp_path / "two", *options, "--batch", "2", "--fsdp", json.dumps(FSDP), processes=2)
+    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert [entry["loss"] for entry in two] == pytest.approx([entry["loss"] for entry in one], rel=1e-5)
+    a, b = (load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert a.keys() == b.keys() and any(".experts." in name and "shared" not in name for name in a)
+    for name, tensor in a.items():
+        torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=2e-3, msg=lambda text, name=name: name + text)
+
+
 def test_fsdp_without_mtp(make_model):
     """accelerate stops at a class of blocks that the model does not have."""
     for options, names in ({}, {"NemotronHBlock"}), (MTP, {"NemotronHBlock", "NemotronHMTPBlock"}):

@@ -23,6 +23,7 @@ from nemotron_super.modeling.mtp import NemotronHMTPBlock
 from nemotron_super.training.best_fit import BestFitRows, PadRows
 from nemotron_super.training.documents import TokenDocument
 from nemotron_super.training.fsdp import load_on_first_rank
+from nemotron_super.training.lora import add_lora, allow_out_proj
 from nemotron_super.training.trainer import NemotronTrainer, last_complete_checkpoint
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--distributed", type=json.loads, help="fields of a DistributedConfig")
     parser.add_argument("--deepspeed", type=json.loads, help="DeepSpeed's configuration")
     parser.add_argument("--fsdp", type=json.loads, help="TrainingArguments' `fsdp_config`")
+    parser.add_argument("--adapters", action="store_true", help="train adapters only, on experts too")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--cuda", action="store_true")
@@ -118,13 +120,17 @@ def main() -> None:
         # accelerate puts its FSDP2 to work on accelerators alone, and on CPU processes does without it, unsaid. All of
         # it runs on gloo and the CPU, though: only the question what kind of processes these are is answered otherwise.
         PartialState().distributed_type = DistributedType.MULTI_GPU
+    model = make_model(options, arguments)
+    if options.adapters:
+        set_seed(1)
+        model = add_lora(model, r=2, exclude=["lm_head"])
     trainer = NemotronTrainer(
-        make_model(options, arguments),
+        model,
         arguments,
         train_dataset=make_rows(),
         data_collator=PadRows(0),
         loss_over=options.loss_over,
-        router_bias_rate=1e-2,
+        router_bias_rate=0.0 if options.adapters else 1e-2,
         balance_coefficient=1e-2,
         callbacks=[
             *([KillAt(options.kill_at)] if options.kill_at else []),
@@ -132,7 +138,8 @@ def main() -> None:
         ],
     )
     checkpoint = last_complete_checkpoint(options.output)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with allow_out_proj():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if options.fsdp is not None:
         blocks = [m for m in trainer.model.modules() if isinstance(m, NemotronHBlock | NemotronHMTPBlock)]
         assert len(blocks) == 6 and all(isinstance(block, FSDPModule) for block in blocks)
