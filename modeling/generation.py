@@ -332,7 +332,7 @@ def generate_with_mtp(
         added = rows.append(row, values, scores, logits, keep)
         statistics.count(offered, min(right, added, offered), added)
         if streamer is not None:
-            streamer.put(torch.tensor([values[:added]]))
+            streamer.put(torch.tensor(values[:added]))
         return added
 
     logits = reader.read_prompt(input_ids, inputs_embeds, config.prefill_chunk_size)

@@ -1,5 +1,6 @@
 """`nemotron-super serve` and `chat`: transformers' server and client on the model of the repository."""
 
+import asyncio
 import json
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import nemotron_super
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cli.serving import utils as serving
 
 TINY = str(Path(nemotron_super.__file__).parent / "model_card" / "nemotron-h-tiny")
 COMMAND = [sys.executable, "-m", "nemotron_super.cli"]
@@ -103,6 +105,56 @@ def test_tool_calls_and_reasoning_are_parsed():
     assert whole.startswith(prefix)
     ids = tokenizer(whole[len(prefix) :], add_special_tokens=False).input_ids
     assert tokenizer.parse_response(ids, prefix=prefix) == answer
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_server_parses_tool_calls(streamed):
+    """Its own parser, on what the model would write: reasoning, text and calls arrive apart, numbers as numbers."""
+    tokenizer, model = AutoTokenizer.from_pretrained(TINY), AutoModelForCausalLM.from_pretrained(TINY)
+    properties = {"city": {"type": "string"}, "days": {"type": "integer"}}
+    tool = {"name": "weather", "description": "", "parameters": {"type": "object", "properties": properties}}
+    tools = [{"type": "function", "function": tool}]
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Weather?"}], tools=tools, add_generation_prompt=True, return_tensors="pt",
+        return_dict=True,
+    ).input_ids  # fmt: skip
+    written = (
+        "I think.\n</think>\nOne moment.\n<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n"
+        "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>\n<|im_end|>"
+    )
+    ids = torch.tensor(tokenizer(written, add_special_tokens=False).input_ids)
+    if streamed:
+        parser = serving.build_response_parser(tokenizer, model, prompt, tools=tools)
+        events = [event for token in ids for event in parser.feed(tokenizer.decode(token))]
+        chunks = serving.response_events_to_chunks([*parser.initial_events, *events, *parser.finalize()[1]])
+        calls = [chunk for chunk in chunks if isinstance(chunk, serving.ToolCall)]
+        reasoning = "".join(chunk for chunk in chunks if isinstance(chunk, serving.ReasoningText))
+        content = "".join(chunk for chunk in chunks if type(chunk) is str)
+    else:
+        content, reasoning, calls = serving.parse_assistant_message(
+            tokenizer, model, ids, input_ids=prompt, tools=tools
+        )
+    assert (content.strip(), reasoning.strip()) == ("One moment.", "I think.")
+    assert calls == [serving.ToolCall("weather", '{"city": "Rome", "days": 3}')]
+
+
+@pytest.mark.parametrize("drafts", [{}, {"use_mtp": True}], ids=str)
+def test_the_server_counts_tokens(drafts):
+    """Its streamer is given tokens one or several at a time, and says how many there were."""
+    tokenizer, model = AutoTokenizer.from_pretrained(TINY), AutoModelForCausalLM.from_pretrained(TINY)
+    ids = tokenizer("def f(", return_tensors="pt").input_ids
+
+    async def written():
+        queue = asyncio.Queue()
+        streamer = serving.DirectStreamer(tokenizer._tokenizer, asyncio.get_running_loop(), queue)
+        found = model.generate(ids, streamer=streamer, max_new_tokens=12, do_sample=False, eos_token_id=None, **drafts)
+        parts = [await queue.get()]
+        while parts[-1] is not None:
+            parts.append(await queue.get())
+        assert "".join(parts[:-1]) == tokenizer.decode(found[0, ids.shape[1] :])
+        return streamer.total_tokens
+
+    assert asyncio.run(written()) == 12
 
 
 def test_continuous_batching_is_refused():
