@@ -218,14 +218,27 @@ def test_acceptance_preserves_the_distribution(sharpness):
     assert 0.01 < (kept == 2).float().mean() < 0.9, "both outcomes must occur"
 
 
+@pytest.fixture
+def make_decided_model(make_model):
+    """`make_model`, whose next token depends on the whole text: by itself a small random model draws almost evenly."""
+
+    def build(*args, **kwargs):
+        model = make_model(*args, **kwargs)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(5)
+        return model
+
+    return build
+
+
 SAMPLING = [{"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 4}, {"temperature": 1.3, "top_k": 5, "top_p": 0.9}]
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("how", SAMPLING, ids=str)
-def test_sampling_is_the_same_distribution(how, cache, make_model, chance_of_difference):
+def test_sampling_is_the_same_distribution(how, cache, make_decided_model, chance_of_difference):
     """The first three tokens of many rows, with and without drafts, as one outcome."""
-    model = make_model("ME*", scale=2.0, vocab_size=7, **MTP)
+    model = make_decided_model("ME*", scale=4.0, seed=1, vocab_size=7, **MTP)
     options = {"max_new_tokens": 4, "do_sample": True, "eos_token_id": None, "pad_token_id": 0, **how}
     ids = torch.tensor([[3, 1, 4]]).expand(DRAWS, -1)
     outcomes = []
@@ -233,6 +246,42 @@ def test_sampling_is_the_same_distribution(how, cache, make_model, chance_of_dif
         torch.manual_seed(1)
         outcomes.append(model.generate(ids, **options, **extra)[:, 3:6])
     assert chance_of_difference(*outcomes) > 1e-3
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_sampling_padded_rows_is_the_same_distribution(cache, make_decided_model, chance_of_difference):
+    """Rows of two prompts, one of them padded, which accept different numbers of drafts."""
+    model = make_decided_model("ME*", scale=4.0, seed=1, vocab_size=5, **MTP)
+    ids = torch.tensor([[3, 1, 4], [0, 0, 2]]).repeat(DRAWS // 2, 1)
+    options = {"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 1]]).repeat(DRAWS // 2, 1), "max_new_tokens": 8}
+    options |= {"do_sample": True, "temperature": 0.8, "eos_token_id": None, "pad_token_id": 0}
+    outcomes = []
+    for extra in ({}, {"use_mtp": True, "num_assistant_tokens": 2, "cache_implementation": cache}):
+        torch.manual_seed(1)
+        # Two of the last tokens, behind several steps; the prompt's last says which of the two it was.
+        outcomes.append(model.generate(ids, **options, **extra)[:, [2, 8, 9]])
+    assert chance_of_difference(*outcomes) > 1e-3
+
+
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
+def test_sampling_with_other_drafters_is_the_same_distribution(how, make_decided_model, chance_of_difference):
+    """transformers' own loop and acceptance over this cache, one row at a time: fewer draws, for each is a call."""
+    draws = DRAWS // 5
+    model = make_decided_model("M*", scale=4.0, vocab_size=5)
+    ids = torch.tensor([[3, 1, 4, 3, 1]])
+    options = {"max_new_tokens": 6, "do_sample": True, "eos_token_id": None, "pad_token_id": 0, "temperature": 0.8}
+    if how == "prompt lookup":
+        drafts = {"prompt_lookup_num_tokens": 2, "max_matching_ngram_size": 1}
+    else:
+        assistant = make_decided_model("M", seed=1, scale=4.0, vocab_size=5)
+        assistant.generation_config.num_assistant_tokens = 2
+        assistant.generation_config.num_assistant_tokens_schedule = "constant"
+        assistant.generation_config.assistant_confidence_threshold = 0.0
+        drafts = {"assistant_model": assistant}
+    torch.manual_seed(1)
+    plain = model.generate(ids.expand(draws, -1), **options)
+    found = torch.cat([model.generate(ids, **options, **drafts) for _ in range(draws)])
+    assert chance_of_difference(plain[:, 8:10], found[:, 8:10]) > 1e-3
 
 
 def test_output_scores_and_streamer(make_model, prompts, rules):
