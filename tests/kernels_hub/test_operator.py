@@ -117,3 +117,14 @@ def test_second_derivatives_are_refused(inputs):
     (grad,) = torch.autograd.grad(normed(*inputs), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"rms_norm_backward.* no autograd formula"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_router_logits_as_an_operator(grad, monkeypatch):
+    """Not served on a CPU in bfloat16, which has no product that ends in float32; its shapes and gradient are the same."""
+    if DEVICE == "cpu":
+        module = sys.modules[f"{registry._bundle().__name__}.topk_routing"]
+        monkeypatch.setattr(module, "_product", lambda a, b: a.float() @ b.float())
+        monkeypatch.setattr(module, "_split_product", lambda a, b: a @ b.float())
+    x, weight = (torch.randn(n, 8, device=DEVICE, dtype=torch.bfloat16, requires_grad=grad) for n in (3, 5))
+    torch.library.opcheck(registry._bundle()._ops.ops.router_logits.default, (x, weight))
