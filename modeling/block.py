@@ -67,9 +67,10 @@ def mix_residual(
             return out.view_as(hidden_states)
         return block.mixer(_normed(block, hidden_states), residual=hidden_states)
     normed = _normed(block, hidden_states)
+    # By its name, under which accelerate's hooks of devices leave it where it is.
     if block.block_type == "linear_attention":
-        return block.mixer(normed, layout, cache, residual=hidden_states)
-    return block.mixer(normed, layout, cache, residual=hidden_states, **kwargs)[0]
+        return block.mixer(normed, layout, cache=cache, residual=hidden_states)
+    return block.mixer(normed, layout, cache=cache, residual=hidden_states, **kwargs)[0]
 
 
 def _normed(block: nn.Module, hidden_states: Tensor) -> Tensor:

@@ -128,8 +128,7 @@ class DecodeStep:
             hidden = _backbone(model, self.cache, self.tokens, layout)
         assert slots.positions is not None
         slots.positions.add_(1)
-        # The head may lie on another GPU than the embeddings.
-        leave(model.get_output_embeddings()(hidden).to(self.tokens.device))
+        leave(model.get_output_embeddings()(hidden))
 
 
 def _backbone(model, cache: StaticHybridCache, tokens: Tensor, layout) -> Tensor:
@@ -427,16 +426,16 @@ class CapturedReader(GrowingReader):
         return HostCopy(self.news)
 
     def _compute_round(self, count: int, head_reach: int, reach: int, choice: Choice) -> None:
-        head, device = self.model.get_output_embeddings(), self.tokens.device
+        logits_of = self.model.get_output_embeddings()
         hidden, chances = self._compute_first(count, head_reach), []
         for made in range(1, count):
             if made > 1:
                 hidden = self._compute_next(hidden, made - 1, head_reach)
-            chances.append(choice.choose(head(hidden).to(device), self.tokens[:, made : made + 1]))
+            chances.append(choice.choose(logits_of(hidden), self.tokens[:, made : made + 1]))
         q = torch.cat(chances, 1) if choice.drawn else None
         own = self.following[:, :count]
         # In the first round too: no row keeps anything of what was read before it.
-        scores = choice.scores(self._compute_read(count, count, reach).to(device))
+        scores = choice.scores(self._compute_read(count, count, reach))
         target_tokens(scores, self.tokens[:, 1:count], q, own)
         positions = self.cache.slots.positions
         keep_drafts(

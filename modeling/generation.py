@@ -212,6 +212,21 @@ class _Rows:
         )
 
 
+def refuse_several_gpus(model, option: str) -> None:
+    """Refuse what works on tensors of one GPU for a model whose layers lie on several.
+
+    Raises:
+        ValueError: naming the option and the devices.
+    """
+    named = {place for place in getattr(model, "hf_device_map", {}).values() if place not in ("cpu", "disk")}
+    devices = sorted({f"cuda:{place}" if isinstance(place, int) else str(place) for place in named})
+    if len(devices) > 1:
+        raise ValueError(
+            f"{option} works on one GPU, and this model is spread over {', '.join(devices)}: leave it out, or load the model "
+            "onto one of them (`device_map`), packed if it is too large (`quantization_config`)."
+        )
+
+
 def check_mtp_options(model, config: GenerationConfig, assistant_model) -> None:
     """Refuse what decoding with MTP cannot do.
 
@@ -223,6 +238,7 @@ def check_mtp_options(model, config: GenerationConfig, assistant_model) -> None:
             "`use_mtp=True` needs a model with multi-token prediction: this one has `num_nextn_predict_layers=0` and no "
             "`mtp.layers.*` tensors. Load a checkpoint that has them, or leave `use_mtp` out."
         )
+    refuse_several_gpus(model, "`use_mtp`")
     others = {
         "assistant_model": assistant_model is not None,
         "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,

@@ -29,7 +29,7 @@ from .block import NemotronHBlock
 from .cache import HybridCache, check_cache
 from .captured_decoding import borrow_cache, sample_captured
 from .fp8_cache import kv_dtype_of
-from .generation import check_mtp_options, generate_with_mtp, refuse_stateful_processors
+from .generation import check_mtp_options, generate_with_mtp, refuse_several_gpus, refuse_stateful_processors
 from .latent_moe import NemotronHExperts, NemotronHTopkRouter
 from .linear import NemotronHLinear
 from .mamba2 import NemotronHMamba2Mixer
@@ -538,6 +538,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             )
         static = fixed and wanted.compile_config is None
         static = static and not wanted.is_assistant  # whose caches must crop
+        if static or isinstance(given, StaticHybridCache):
+            refuse_several_gpus(self, "A cache of fixed size")
         if given is None and wanted.use_cache and static:
             rows = batch_size * max(wanted.num_beams, wanted.num_return_sequences)
             tokens = max(max_cache_length, wanted.max_cache_len or 0)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import attach_execution_device_hook
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from nemotron_super.modeling import captured_decoding, cuda_graphs, static_cache
@@ -594,3 +595,38 @@ def test_rows_that_drafts_left_apart_are_refused(make_model, prompts):
         model(ids[:, :1], cache=found.cache)
     with pytest.raises(ValueError, match="one number for all rows"):
         StaticHybridCache(model.config, 8).crop(torch.tensor([-1, 0]))
+
+
+@pytest.mark.parametrize("options", [{"use_mtp": True}, {"cache_implementation": "static"}], ids=str)
+def test_a_model_over_several_gpus_is_refused(options, make_model, prompts):
+    model = make_model("ME*", **MTP)
+    ids, _ = prompts(1, 5, False, 0)
+    model.hf_device_map = {
+        "model.embeddings": 0,
+        "model.layers": "cuda:0",
+        "lm_head": torch.device("cuda", 0),
+        "mtp": "cpu",
+    }
+    model.generate(ids, **GREEDY, **options)
+    model.hf_device_map["lm_head"] = 1
+    with pytest.raises(ValueError, match="is spread over cuda:0, cuda:1"):
+        model.generate(ids, **GREEDY, **options)
+    assert model.generate(ids, **GREEDY).shape == (1, 14)
+
+
+def test_device_hooks_leave_a_cache_where_it_is(make_model, prompts, monkeypatch):
+    """accelerate moves what a module is given, unless it is told the name; caches know how to be moved."""
+    model = make_model("ME*M", **MTP)
+    ids, _ = prompts(1, 5, False, 0)
+    expected = model.generate(ids, **GREEDY)
+    attach_execution_device_hook(model, "cpu", skip_keys=list(model._skip_keys_device_placement))
+    monkeypatch.setattr("accelerate.hooks.send_to_device", lambda given, device, **kwargs: _moved(given, **kwargs))
+    for options in ({}, {"cache_implementation": "static"}, {"use_mtp": True}):
+        assert model.generate(ids, **GREEDY, **options).equal(expected)
+
+
+def _moved(given, skip_keys=(), **kwargs):
+    for value in given.values() if isinstance(given, dict) else given if isinstance(given, tuple) else ():
+        named = isinstance(given, dict) and any(value is given.get(key) for key in skip_keys or ())
+        assert named or not isinstance(value, HybridCache), "a cache would be moved"
+    return given

@@ -84,27 +84,6 @@ def test_float32(gpu_model, way, rows):
     assert cache.graphs.reason is None and len(cache.graphs) > 0
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: a model is spread over them")
-@pytest.mark.parametrize(
-    "way", [WAYS[0], *({**WAYS[1], **cache} for cache in ({}, {"cache_implementation": "static"}))], ids=str
-)
-def test_over_two_gpus(gpu_model, way, tmp_path):
-    """Layers on one GPU and the other, drafts and fixed-size caches too: the text of one GPU."""
-    model = gpu_model(torch.float32)
-    model.save_pretrained(tmp_path)
-    places = {
-        "model.embeddings": 0,
-        **{f"model.layers.{i}": i // 4 for i in range(7)},
-        "model.norm_f": 1,
-        "lm_head": 1,
-        "mtp": 1,
-    }
-    spread = NemotronHForCausalLM.from_pretrained(tmp_path, device_map=places, dtype=torch.float32)
-    for length in (9, 33):
-        fixed = {} if "use_mtp" in way else {"cache_implementation": "static"}
-        assert ask(spread, 2, length, 24, **way, **fixed).equal(ask(model, 2, length, 24))
-
-
 @pytest.mark.parametrize("drafter", ["prompt", "assistant"])
 def test_other_drafters(gpu_model, drafter):
     """Prompt lookup and an assistant model, in float32: the text of plain decoding."""
