@@ -14,6 +14,9 @@ import argparse
 import datetime
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,18 +124,57 @@ class Statistics(BaseStreamer):
         pass
 
 
-def first_token(model, shape: str) -> dict[str, float]:
-    """Called first of all: seconds to the first token, and to as many as have every step recorded; and the same again."""
-    prompt, short, *_ = WORK[shape]
-    ids = torch.randint(3, model.config.vocab_size, (1, prompt), device=model.device)
+# What a fresh process does first: tokens of a short prompt, of a long one that is read at once, and of a training step.
+FIRST = {"cuda": (512, 8192, 4096), "cpu": (64, 1024, 256), "tiny": (8, 64, 32)}
+
+
+def first_calls(shape: str) -> dict[str, dict[str, float]]:
+    """Seconds of a first call and a second, each kind of work in a process of its own whose cache of compiled kernels is empty."""
     found = {}
-    for name in ("first call", "second call"):
-        for tokens in (1, 2 * short):
-            start = time.perf_counter()
-            model.generate(ids, max_new_tokens=tokens, do_sample=False, cache_implementation="static")
-            wait(model)
-            found[f"{name}, {tokens} tokens, s"] = time.perf_counter() - start
+    for work in ("decode", "prefill", "train"):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, "--shape", shape, "--first-call", work]
+            environment = {**os.environ, "TRITON_CACHE_DIR": folder}
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            name, times = json.loads(done.stdout.splitlines()[-1])
+            compiled = len(list(Path(folder).rglob("*.cubin")))
+        found[name] = {**times, "compiled kernels": compiled}
     return found
+
+
+def first_call(work: str, shape: str, device: str) -> tuple[str, dict[str, float]]:
+    """In this process, in which nothing has been called: what is done, and the seconds of the first time and of the second."""
+    prompt, long, training = FIRST[shape]
+    # Beside its gradients Super's slice does not fit: the step is that of the benchmark of training.
+    pattern = {"hybrid_override_pattern": "MEM*E"} if work == "train" else MTP
+    model = make_model(shape, device, **pattern)
+    tokens = {"decode": prompt, "prefill": long, "train": training}[work]
+    ids = torch.randint(3, model.config.vocab_size, (1, tokens), device=device)
+
+    def call() -> None:
+        if work == "train":
+            model.train()(ids, labels=ids).loss.backward()
+        else:
+            with torch.no_grad():
+                new = 2 if work == "decode" else 1
+                model.generate(ids, max_new_tokens=new, do_sample=False, cache_implementation="static")
+        wait(model)
+
+    times = {}
+    for name in ("first, s", "second, s"):
+        start = time.perf_counter()
+        call()
+        times[name] = time.perf_counter() - start
+    names = {"decode": f"{prompt} tokens and 2 new ones", "prefill": f"{long} tokens and 1 new one"}
+    return names.get(work, f"training step of {training} tokens, MEM*E"), times
+
+
+def make_model(shape: str, device: str, **fields) -> NemotronHForCausalLM:
+    """Random weights."""
+    with torch.device(device):
+        config = NemotronHConfig(**{**(TINY if shape == "tiny" else SHAPES[shape]), **fields})
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        return NemotronHForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 def steps(model, shape: str) -> dict[str, dict[str, float]]:
@@ -283,7 +325,8 @@ def one_long_text(model, shape: str) -> dict[str, dict[str, float]]:
     return {f"{row['tokens']:,} tokens": row for row in growth.rows}
 
 
-PARTS = {"first": first_token, "steps": steps, "context": context, "rollback": rollback, "long": one_long_text}
+# And "first", for which nothing may have run before.
+PARTS = {"steps": steps, "context": context, "rollback": rollback, "long": one_long_text}
 
 
 def show(name: str, rows: dict) -> None:
@@ -315,25 +358,30 @@ def plot(rows: dict[int, dict[str, float]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=WORK, default="cuda" if torch.cuda.is_available() else "tiny")
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=None, help="these parts")
+    parser.add_argument("--only", choices=("first", *PARTS), nargs="+", default=None, help="these parts")
     parser.add_argument("--tokens", type=int, default=None, help="length of the one long text")
+    parser.add_argument("--first-call", choices=("decode", "prefill", "train"), help=argparse.SUPPRESS)
     parser.add_argument("--save", action="store_true", help="write results/decoding_SHAPE.json and its plot")
     options = parser.parse_args()
     if options.tokens:
         WORK[options.shape] = (*WORK[options.shape][:-1], options.tokens)
     shape, device = options.shape, "cuda" if options.shape == "cuda" else "cpu"
-    parts = options.only or [part for part in PARTS if part != "long" or shape == "cpu"]
+    parts = options.only or [part for part in ("first", *PARTS) if part != "long" or shape == "cpu"]
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    with torch.device(device):
-        config = NemotronHConfig(**(TINY if shape == "tiny" else SHAPES[shape]) | MTP)
-        model = NemotronHForCausalLM._from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    model.eval()
+    if options.first_call:
+        print(json.dumps(first_call(options.first_call, shape, device)))
+        return
     found: dict[str, dict] = {}
+    if "first" in parts:  # before this process takes memory of the GPU
+        found["first"] = first_calls(shape)
+        show("first", found["first"])
+    model = make_model(shape, device if set(parts) - {"first"} else "meta", **MTP)
     with torch.no_grad():
         for part in parts:
-            found[part] = PARTS[part](model, shape)
-            show(part, found[part])
+            if part != "first":
+                found[part] = PARTS[part](model, shape)
+                show(part, found[part])
     if options.save:
         rounded = json.loads(json.dumps(found), parse_float=lambda x: round(float(x), 4))
         record = {

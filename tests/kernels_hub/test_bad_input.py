@@ -164,7 +164,10 @@ def test_neighbours_beyond_32_bits(apart, op, build, which, dim):
     torn = [a.clone() if torch.is_tensor(a) else a for a in args]
     torn[which] = apart(args[which], dim)
     for found, expected in zip(served(op, torn), served(op, list(args)), strict=True):
-        assert equal(found, expected)
+        if op == "linear_cross_entropy":  # a product of torch's, which may choose another algorithm for other strides
+            torch.testing.assert_close(found, expected)
+        else:
+            assert equal(found, expected)
 
 
 @pytest.fixture
