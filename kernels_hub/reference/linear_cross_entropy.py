@@ -47,7 +47,7 @@ def _loss_op(
         logits = _times(some, weight).to(work)
         logsumexp = logits.logsumexp(-1)
         losses[rows] = logsumexp - logits.gather(1, wanted).squeeze(1)
-        total += losses[rows] @ count
+        total += (losses[rows] * count).sum()
         if not (for_hidden or for_weight):
             continue
         # d logits = (softmax - one at the target) * weight of the token
