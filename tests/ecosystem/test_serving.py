@@ -145,7 +145,7 @@ def test_the_server_counts_tokens(drafts):
     ids = tokenizer("def f(", return_tensors="pt").input_ids
 
     async def written():
-        queue = asyncio.Queue()
+        queue: asyncio.Queue = asyncio.Queue()
         streamer = serving.DirectStreamer(tokenizer._tokenizer, asyncio.get_running_loop(), queue)
         found = model.generate(ids, streamer=streamer, max_new_tokens=12, do_sample=False, eos_token_id=None, **drafts)
         parts = [await queue.get()]

@@ -105,7 +105,7 @@ def offload_and_prefetch(layers):
     before = [tensors_of(layer) for layer in layers]
     assert all(len(tensors) == 3 for tensors in before)  # both states, and what is pending
     for device, move in (("cpu", "offload"), (layers[0].device, "prefetch")):
-        asked = []
+        asked: list = []
 
         def to(tensor, where, asked=asked, **kwargs):
             asked.append(where)
