@@ -47,9 +47,9 @@ def test_scan_is_the_recurrence(ops):
 
 
 def test_step_and_decay(ops):
-    dt, bias, A_log, lengths = rand(2, 70, 10)[..., :6], rand(6), rand(6), torch.tensor([70, 31], device="cuda")
+    dt, bias, A_log, lengths = rand(2, 70, 10)[..., :6], rand(6), rand(6), torch.tensor([70, 31], device=DEVICE)
     step, decay = ops.step_and_decay(dt, bias, A_log, (1e-3, 0.5), lengths)
-    real = torch.arange(70, device="cuda") < lengths.unsqueeze(1)
+    real = torch.arange(70, device=DEVICE) < lengths.unsqueeze(1)
     close(step, F.softplus(dt + bias).clamp(1e-3, 0.5) * real.unsqueeze(-1), 1e-6)
     close(decay, -A_log.exp(), 1e-6)
 
