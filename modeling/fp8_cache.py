@@ -53,8 +53,12 @@ class Fp8Format:
                 "An FP8 cache is in use in layers without `k_scale` and `v_scale`: keys and values are stored with a scale of 1. "
                 "`calibrate(model, batches)` measures better ones for a quantised model."
             )
-        one = torch.ones((), dtype=torch.float32, device=device)
-        return cls(*(one if scale is None else scale.detach().to(device).clone() for scale in (k_scale, v_scale)))
+
+        def own(scale: Tensor | None) -> Tensor:  # in memory of its own, as a snapshot wants it
+            one = torch.ones((), dtype=torch.float32, device=device)
+            return one if scale is None else scale.detach().to(device, copy=True)
+
+        return cls(own(k_scale), own(v_scale))
 
     def to(self, device: torch.device) -> Fp8Format:
         """The same on another device."""

@@ -266,7 +266,7 @@ def test_sampling_padded_rows_is_the_same_distribution(cache, make_decided_model
 @pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
 def test_sampling_with_other_drafters_is_the_same_distribution(how, make_decided_model, chance_of_difference):
     """transformers' own loop and acceptance over this cache, one row at a time: fewer draws, for each is a call."""
-    draws = DRAWS // 5
+    draws = DRAWS // 10
     model = make_decided_model("M*", scale=4.0, vocab_size=5)
     ids = torch.tensor([[3, 1, 4, 3, 1]])
     options = {"max_new_tokens": 6, "do_sample": True, "eos_token_id": None, "pad_token_id": 0, "temperature": 0.8}
@@ -346,7 +346,7 @@ def test_the_returned_cache_continues(
     cache = found.cache
     if saved:
         file = tmp_path_factory.mktemp("saved") / "a.safetensors"
-        save_snapshot(cache, file, model)
+        save_snapshot(cache, file, model, torch.cat([mask, mask.new_ones(rows, new - 1)], 1))
         cache = load_snapshot(file, model, kv_dtype=cache.kv_dtype)
     turn = torch.cat([found.sequences, prompts(rows, 3, False, 99)[0]], 1)
     options |= {"attention_mask": torch.cat([mask, mask.new_ones(rows, new + 3)], 1), "max_new_tokens": 9}
