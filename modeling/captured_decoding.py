@@ -7,8 +7,8 @@ those of sampling do, the step chooses the token too, and nothing lies between t
 
 Decoding with MTP (`CapturedReader`) answers the calls of `drafting.GrowingReader` with three kinds of steps: the head on what
 was settled, the head on a draft, and the backbone on a token and its drafts; or all of a round as one, where it always drafts as
-many tokens, and chooses them by their scores alone: then the device decides what is kept and where each row ends, and the host reads along. Taking
-drafts back is a smaller position for attention, and for Mamba-2 a replay of the kept inputs at the beginning of the next step.
+many tokens, and chooses them by their scores alone: then the device decides what is kept and where each row ends, and the host
+reads along. Taking drafts back is a smaller position for attention, and for Mamba-2 a replay of the kept inputs at the beginning of the next step.
 """
 
 from __future__ import annotations
@@ -187,8 +187,7 @@ def sample_captured(
     ends: list[int | None] = [None] * batch  # of rows that the rules have ended
     # Where nothing but the length and the newest token is asked for, the device need not know the text.
     choice = None if rules is None else Choice.of(config.do_sample, logits_processor)
-    follows = choice is not None
-    ids = input_ids.new_empty(batch, 0 if follows else config.max_length)
+    ids = input_ids.new_empty(batch, config.max_length if choice is None else 0)
     ids[:, :length] = input_ids[:, : ids.shape[1]]
     written: list[Tensor] = []  # (batch,) each, on the host
 
@@ -214,7 +213,7 @@ def sample_captured(
                 tokens = scores.argmax(-1)
             if pads and rules is None:
                 tokens = tokens * unfinished + pad.to(tokens.device) * (1 - unfinished)
-            if follows:
+            if choice is not None:
                 tokens = step.tokens.copy_(tokens.unsqueeze(1)).squeeze(1)  # from here on they are the step's own
             else:
                 ids[:, length] = tokens
@@ -457,8 +456,7 @@ class CapturedReader(GrowingReader):
         self.kept[row] = taken
 
     def finish(self) -> None:
-        slots = self.cache.slots
-        slots.seen, slots.ragged = max(self.lengths), len(set(self.lengths)) > 1
+        self.cache.slots.seen = max(self.lengths)
         self.ahead.count = self.last_read
         for block in self.model.model.layers:
             if block.block_type == "linear_attention":

@@ -60,7 +60,8 @@ def save_snapshot(
             it: `snapshot_mask` reads it back. None where there was no padding.
 
     Raises:
-        ValueError: the cache holds padding but no mask is given, or one of another shape; it is empty, still holds tokens of a recorded past, or rows that drafts left at different lengths.
+        ValueError: the cache holds padding but no mask is given, or one of another shape; it is empty, still holds tokens of a
+            recorded past, or rows that drafts left at different lengths.
     """
     refuse_ragged(cache)
     tensors: dict[str, torch.Tensor] = {}

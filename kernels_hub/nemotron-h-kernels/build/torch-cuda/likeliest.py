@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block, on, rows_of
+from ._launch import block, cdiv, on, rows_of
 from ._operator import operator
 from ._overlap import next_may_begin, overlap, previous_done
 
@@ -76,7 +76,7 @@ def _likeliest(logits: Tensor, out: Tensor) -> None:
     rows = rows_of(logits)
     wanted = out if out.dim() == 2 else out.reshape(1, -1) if out.dim() == 0 else out.unsqueeze(0)
     layout = wanted.shape[1], *wanted.stride()
-    parts = 1 if classes <= _SHORT else triton.cdiv(classes, _PART)
+    parts = 1 if classes <= _SHORT else cdiv(classes, _PART)
     size = block(classes, 64) if parts == 1 else _PART
     with on(logits):
         best = out if parts == 1 else torch.empty(out.numel(), parts, dtype=torch.int64, device=out.device)
