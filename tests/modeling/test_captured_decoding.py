@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import attach_execution_device_hook
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from nemotron_super.modeling import captured_decoding, cuda_graphs, static_cache
 from nemotron_super.modeling.cache import HybridCache
@@ -215,6 +215,15 @@ def agree(model, strength):
     sampling=st.sampled_from(
         [{}, {"do_sample": True, "top_k": 0}, {"do_sample": True, "temperature": 1.3, "top_p": 0.8, "min_p": 0.02}]
     ),
+)
+@example(  # ends before its length, so that a step too many has drawn
+    pattern="ME*M-",
+    seed=1,
+    rows=1,
+    padding=False,
+    new=14,
+    eos=list(range(40)),
+    sampling={"do_sample": True, "top_k": 0},
 )
 def test_steps_that_choose(pattern, seed, rows, padding, new, eos, sampling, make_model, replayed, prompts):
     """The token chosen by the step itself: the same text, the same random numbers are left, and nothing else is recorded."""
