@@ -13,7 +13,7 @@ from transformers import (
 
 from .configuration.configuration_nemotron_h import NemotronHConfig
 from .configuration.presets import PRESETS, preset
-from .conversion import checkpoint_names, quantizer
+from .conversion import quantizer
 from .conversion.calibration import calibrate
 from .conversion.quantization_config import NVFP4Config
 from .conversion.quantizer import quantize_model
@@ -59,5 +59,4 @@ for _auto, _model in (
     (AutoModelForTokenClassification, NemotronHForTokenClassification),
 ):
     _auto.register(NemotronHConfig, _model, exist_ok=True)
-checkpoint_names.register()
 quantizer.register()

@@ -74,7 +74,7 @@ class NemotronHExperts(nn.Module):
     """All routed experts of a layer, each tensor stacked over experts.
 
     `up_proj` (experts, intermediate, width) and `down_proj` (experts, width, intermediate), where width is the latent
-    width, or the hidden size without one. Checkpoints store one tensor per expert; see `conversion/checkpoint_names.py`.
+    width, or the hidden size without one. Checkpoints store one tensor per expert; see `published_names.py`.
     """
 
     def __init__(self, config: NemotronHConfig):

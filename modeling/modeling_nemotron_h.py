@@ -36,7 +36,7 @@ from .mamba2 import NemotronHMamba2Mixer
 from .mtp import NemotronHMTP
 from .norms import NemotronHRMSNorm
 from .objective import training_objective
-from .published_state import take_published_names
+from .published_names import register_layout, take_published_names
 from .quantization_file import drop_quantization, find_quantization
 from .remote_code import AUTO_MAP, STUB_FILE, write_stub
 from .static_cache import LONGEST_STEP, StaticHybridCache
@@ -69,6 +69,10 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(NemotronHTopkRouter, index=0),
     }
     _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+
+    def __init__(self, config: NemotronHConfig, *args, **kwargs):
+        register_layout()
+        super().__init__(config, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

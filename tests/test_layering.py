@@ -135,7 +135,7 @@ def test_the_package_is_imported_once():
         ("from ..training.packing import PackedWindows", True),
         ("from .. import NemotronHConfig", True),
         ("import nemotron_super", True),
-        ("from nemotron_super.conversion import checkpoint_names", True),
+        ("from nemotron_super.conversion import inventory", True),
         ("from ..cli import main", True),
         ("def f():\n    from .norms import NemotronHRMSNorm", True),
         ("class C:\n    def f(self):\n        import nemotron_super.modeling.norms", True),

@@ -7,8 +7,11 @@ import shutil
 import pytest
 import torch
 from nemotron_super import NemotronHForCausalLM, NemotronHForSequenceClassification, NemotronHModel
+from nemotron_super.modeling.published_names import published_layout, register_layout
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as Upstream
 
 
@@ -327,3 +330,14 @@ def test_extra_files_stay(published, tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     NemotronHForCausalLM.from_pretrained(published).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine" and (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_a_layout_that_the_user_registers_stays(make_model):
+    """The first model registers the published layout, but not over one that is there before it."""
+    register_checkpoint_conversion_mapping("nemotron_h", [WeightRenaming("a", "b")], overwrite=True)
+    try:
+        register_layout.cache_clear()
+        make_model("M")
+        assert len(get_checkpoint_conversion_mapping("nemotron_h")) == 1
+    finally:
+        register_checkpoint_conversion_mapping("nemotron_h", published_layout(), overwrite=True)

@@ -1,18 +1,52 @@
-"""`load_state_dict` with published names: a backbone called `backbone.` and one tensor per expert.
+"""Published tensor names <-> module names.
 
-`from_pretrained` converts names by itself. transformers' `Trainer` does not: to resume a run, and to put the best weights
-back at its end, it reads what `save_pretrained` wrote and hands it to `load_state_dict` as it is.
+Published checkpoints call the backbone `backbone.` and hold one tensor per expert; the modules call it `model.` (the
+prefix transformers' tools expect) and stack the experts. MTP, head and all other names are the same on both sides.
+
+transformers converts by itself what `from_pretrained` reads and `save_pretrained` writes, once it knows the layout.
+Its `Trainer` does not: to resume a run, and to put the best weights back at its end, it reads what `save_pretrained`
+wrote and hands it to `load_state_dict` as it is.
 """
 
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 
 _EXPERT = re.compile(r"(?P<stack>.*mixer\.experts\.)(?P<expert>\d+)\.(?P<name>up_proj|down_proj)\.weight")
+
+
+def published_layout() -> list[WeightRenaming | WeightConverter]:
+    """The transforms from published names to module names; transformers reverses them when it saves."""
+    return [
+        WeightRenaming(r"^backbone\.", "model."),
+        *(
+            WeightConverter(
+                source_patterns=f"mixer.experts.*.{name}.weight",
+                target_patterns=f"mixer.experts.{name}",
+                operations=[MergeModulelist(dim=0)],
+            )
+            for name in ("up_proj", "down_proj")
+        ),
+    ]
+
+
+@cache
+def register_layout() -> None:
+    """Make transformers use `published_layout` for `nemotron_h`, in loading and in saving; once in a process.
+
+    transformers looks layouts up with a model in hand, so the first model made is early enough: the table that they
+    go into holds every architecture of transformers, and takes twice as long to build as this package to import.
+    What the user registered before then stays.
+    """
+    if "nemotron_h" not in USER_REGISTERED_MAPPINGS:
+        register_checkpoint_conversion_mapping("nemotron_h", published_layout(), overwrite=True)
 
 
 def take_published_names(

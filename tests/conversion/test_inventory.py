@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 from nemotron_super import NemotronHForCausalLM, preset
-from nemotron_super.conversion.checkpoint_names import published_inventory
+from nemotron_super.conversion.inventory import published_inventory
 from safetensors import safe_open
 
 BF16, F32 = torch.bfloat16, torch.float32
