@@ -2,8 +2,10 @@
 
     python tests/benchmarks/against_transformers.py cpu                 two threads, a Super of 72 M parameters
     python tests/benchmarks/against_transformers.py cuda                one GPU, an eighth of Super at its true widths
+    python tests/benchmarks/against_transformers.py cuda --packages DIR    transformers with what lies in DIR too
 
-Prints a table and, with `--save`, adds the run to `results/`, with date, hardware and versions.
+Times are medians. TFLOP/s count two operations for each weight that a token is multiplied by, and four more for gradients;
+attention and recurrences not at all. Prints a table and, with `--save`, adds the run to `results/`, with date, hardware and versions.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import datetime
 import gc
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -37,15 +40,24 @@ SHAPES: dict[str, dict] = {
         "intermediate_size": 2688, "routed_scaling_factor": 5.0, "pad_token_id": 0, "eos_token_id": None,
     },
 }  # fmt: skip
-# (prompt lengths, decode batches, decode tokens, training length and pattern)
-WORK: dict[str, tuple[list[int], list[int], int, int, str]] = {
-    "cpu": ([2048], [1], 48, 1024, "MEMEMEM*EMEMEME"),
-    "cuda": ([2048, 8192], [1, 8], 64, 4096, "MEM*E"),
+# (prompt lengths, decode batches, decode prompt and tokens, training length and pattern, how often each is timed)
+WORK: dict[str, tuple[list[int], list[int], tuple[int, int], tuple[int, str], int]] = {
+    "cpu": ([2048], [1], (64, 48), (1024, "MEMEMEM*EMEMEME"), 3),
+    "cuda": ([2048, 8192], [1, 8], (512, 64), (4096, "MEM*E"), 5),
 }
 
 
+def weights_used(model) -> tuple[float, int]:
+    """How many weights a token is multiplied by, each expert's by its share of the tokens; and how many of these are the head's."""
+    config = model.config
+    embeddings = model.get_input_embeddings().weight.numel()
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    idle = experts * (1 - config.num_experts_per_tok / config.n_routed_experts)
+    return sum(p.numel() for p in model.parameters()) - embeddings - idle, model.get_output_embeddings().weight.numel()
+
+
 def measure(device: str, dtype: str, ours: bool) -> dict[str, float | str]:
-    """Run all the work once in this process; speeds in tokens/s, memory in MB, failures as text."""
+    """Run all the work once in this process; failures as text."""
     import torch
 
     if ours:
@@ -55,7 +67,8 @@ def measure(device: str, dtype: str, ours: bool) -> dict[str, float | str]:
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(2 if device == "cpu" else torch.get_num_threads())
-    prompts, batches, tokens, train_length, train_pattern = WORK[device]
+    gpu = device == "cuda"
+    prompts, batches, (prompt_length, new_tokens), (train_length, train_pattern), repeats = WORK[device]
     vocab: int = SHAPES[device]["vocab_size"]
     found: dict[str, float | str] = {}
 
@@ -65,60 +78,76 @@ def measure(device: str, dtype: str, ours: bool) -> dict[str, float | str]:
         with torch.device(device):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
-    def seconds(work: Callable[[], object], repeats: int = 3) -> float:
+    def wait() -> float:
+        if gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def seconds(work: Callable[[], object]) -> float:
+        work()
         times = []
-        for _ in range(repeats + 1):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
+        for _ in range(repeats):
+            start = wait()
             work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return sorted(times[1:])[repeats // 2]
+            times.append(wait() - start)
+        return sorted(times)[repeats // 2]
 
     def note(name: str, work: Callable[[], float]) -> None:
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
         try:
             found[name] = round(work(), 2)
         except Exception as error:
             found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
         gc.collect()
-        if device == "cuda":
+        if gpu:
             torch.cuda.empty_cache()
+
+    def note_speed(name: str, tokens: int, flops_per_token: float, work: Callable[[], object]) -> None:
+        if not gpu:
+            note(f"{name}, tokens/s", lambda: tokens / seconds(work))
+            return
+        note(f"{name}, TFLOP/s", lambda: flops_per_token * tokens / seconds(work) / 1e12)
+        found[f"{name}, peak GB"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
 
     def ids(batch: int, length: int) -> torch.Tensor:
         return torch.randint(3, vocab, (batch, length), device=device)
 
-    def prefill(length: int) -> float:
-        prompt = ids(1, length)
-        return length / seconds(lambda: model(prompt, use_cache=True, logits_to_keep=1))
-
-    def generate(batch: int, cache: str | None) -> float:
-        prompt = ids(batch, 64)
+    def note_steps(name: str, batch: int, cache: str | None) -> None:
+        prompt = ids(batch, prompt_length)
         options = {"do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
 
         def run(n: int) -> None:
             model.generate(prompt, max_new_tokens=n, min_new_tokens=n, **options)
 
-        if cache:
-            run(8 + tokens)  # compiles
-        return batch * tokens / (seconds(lambda: run(8 + tokens)) - seconds(lambda: run(8)))
+        def step() -> float:
+            if cache:
+                run(8 + new_tokens)  # compiles
+            return (seconds(lambda: run(8 + new_tokens)) - seconds(lambda: run(8))) / new_tokens
+
+        note(f"{name}, ms a step" if gpu else f"{name}, tokens/s", lambda: step() * 1e3 if gpu else batch / step())
 
     model = build(SHAPES[device]["hybrid_override_pattern"])
+    used, head = weights_used(model)
     with torch.inference_mode():
         for length in prompts:
-            note(f"prefill {length}, tokens/s", lambda length=length: prefill(length))
+            prompt = ids(1, length)
+            note_speed(
+                f"prefill {length}",
+                length,
+                2 * (used - head),
+                lambda prompt=prompt: model(prompt, use_cache=True, logits_to_keep=1),
+            )
         for batch in batches:
-            note(f"decode batch {batch}, tokens/s", lambda batch=batch: generate(batch, None))
-            if device == "cuda":
-                note(f"decode batch {batch} static, tokens/s", lambda batch=batch: generate(batch, "static"))
-    if device == "cuda":
+            note_steps(f"decode batch {batch}", batch, None)
+            if gpu:
+                note_steps(f"decode batch {batch}, fixed-size cache", batch, "static")
+    if gpu:
         del model
         gc.collect()
         torch.cuda.empty_cache()
-        note("inference peak, MB", lambda: torch.cuda.max_memory_allocated() / 2**20)
-        torch.cuda.reset_peak_memory_stats()
         model = build(train_pattern)
+        used, _ = weights_used(model)
     model.train()
     batch = ids(1, train_length)
 
@@ -126,10 +155,8 @@ def measure(device: str, dtype: str, ours: bool) -> dict[str, float | str]:
         model(batch, labels=batch, use_cache=False).loss.backward()
         model.zero_grad()
 
-    note(f"train {train_length}, tokens/s", lambda: train_length / seconds(step))
-    if device == "cuda":
-        note("training peak, MB", lambda: torch.cuda.max_memory_allocated() / 2**20)
-    else:
+    note_speed(f"train {train_length}", train_length, 6 * used, step)
+    if not gpu:
         note("peak, MB", lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     return found
 
@@ -151,6 +178,10 @@ def main() -> None:
     parser.add_argument(
         "--dtypes", nargs="+", default=None, help="default: float32 bfloat16 on a CPU, bfloat16 on a GPU"
     )
+    parser.add_argument(
+        "--packages",
+        help="folder with mamba_ssm and causal_conv1d, which are installed nowhere else: also run transformers with them",
+    )
     parser.add_argument("--save", action="store_true", help="add the run to results/")
     parser.add_argument("--one", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -161,11 +192,16 @@ def main() -> None:
 
     runs: dict[str, dict] = {}
     for dtype in dtypes:
-        for whose in ("theirs", "ours"):
+        for whose in ("theirs", "theirs with packages", "ours"):
             if (options.device, dtype, whose) == ("cpu", "bfloat16", "theirs"):
                 continue  # minutes for every prompt
-            command = [sys.executable, __file__, options.device, "--dtypes", dtype, "--one", whose]
-            done = subprocess.run(command, capture_output=True, text=True)
+            environment = dict(os.environ)
+            if whose == "theirs with packages":
+                if options.packages is None:
+                    continue
+                environment["PYTHONPATH"] = os.pathsep.join([options.packages, environment.get("PYTHONPATH", "")])
+            command = [sys.executable, __file__, options.device, "--dtypes", dtype, "--one", whose.split()[0]]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
             lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
             if not lines:
                 raise SystemExit(f"{whose} {dtype} failed:\n{done.stderr[-3000:]}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nemotron_super import preset
+from nemotron_super import NemotronHConfig, NemotronHForCausalLM, preset
 
 
 @pytest.fixture
@@ -119,3 +119,34 @@ def test_same_loss(script, tmp_path, monkeypatch):
     assert all(list(loss) == ["1", "2"] and abs(loss["1"] - 9) < 1 and loss["1"] != loss["2"] for loss in losses)
     differences = record["differences of the held-out loss"]
     assert differences["reference - kernels"] == [0, 0] and all(differences["other seed - kernels"])
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    "mamba_num_heads": 2, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "moe_latent_size": 8, "moe_intermediate_size": 8, "pad_token_id": 0, "eos_token_id": None,
+    "moe_shared_expert_intermediate_size": 8, "hybrid_override_pattern": "ME*",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_against_transformers(script, monkeypatch, ours):
+    """Everything runs on both; which of the two a process measures is its own affair."""
+    module = script("against_transformers")
+    monkeypatch.setitem(module.SHAPES, "cpu", SMALL)
+    monkeypatch.setitem(module.WORK, "cpu", ([8], [2], (4, 3), (8, "M*"), 1))
+    threads = torch.get_num_threads()
+    found = module.measure("cpu", "float32", ours)
+    torch.set_num_threads(threads)
+    names = {"prefill 8, tokens/s", "decode batch 2, tokens/s", "train 8, tokens/s", "peak, MB"}
+    # Of so few tokens a step's time is a difference that may be anything; a failure would be text.
+    assert found.keys() == names and all(isinstance(value, float) for value in found.values())
+    assert found["prefill 8, tokens/s"] > 0 and found["train 8, tokens/s"] > 0
+
+
+def test_weights_used(script):
+    """A token sees half of these four experts of two 8 x 8 matrices, and the embeddings not at all."""
+    model = NemotronHForCausalLM(NemotronHConfig(**SMALL))
+    used, head = script("against_transformers").weights_used(model)
+    assert head == 64 * 16
+    assert used == sum(p.numel() for p in model.parameters()) - 64 * 16 - 2 * 2 * 8 * 8
