@@ -231,7 +231,7 @@ def test_the_repository_is_well_formed():
     metadata = rust.Metadata.read_from_file(registry.BUNDLE / "build" / "torch-cuda" / "metadata.json")
     assert metadata.name.python_name == build["general"]["name"].replace("-", "_")
     assert metadata.version == build["general"]["version"]
-    for needed in ("CARD.md", "tests/test_kernels.py", "benchmarks/benchmark.py"):
+    for needed in ("CARD.md", "tests/test_kernels.py", "benchmarks/benchmark_sequence.py"):
         assert (registry.BUNDLE / needed).is_file()
 
 
