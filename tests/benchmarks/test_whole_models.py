@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from nemotron_super import NemotronHConfig, NemotronHForCausalLM, preset
 
 
@@ -13,7 +14,10 @@ from nemotron_super import NemotronHConfig, NemotronHForCausalLM, preset
 def script(monkeypatch):
     """`script(name)`: a benchmark's module."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
-    return importlib.import_module
+    verbosity, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
+    yield importlib.import_module
+    transformers.logging.set_verbosity(verbosity)  # other tests read what transformers reports
+    torch.set_num_threads(threads)
 
 
 def test_super_on_one_gpu(script, monkeypatch):
@@ -135,9 +139,7 @@ def test_against_transformers(script, monkeypatch, ours):
     module = script("against_transformers")
     monkeypatch.setitem(module.SHAPES, "cpu", SMALL)
     monkeypatch.setitem(module.WORK, "cpu", ([8], [2], (4, 3), (8, "M*"), 1))
-    threads = torch.get_num_threads()
     found = module.measure("cpu", "float32", ours)
-    torch.set_num_threads(threads)
     names = {"prefill 8, tokens/s", "decode batch 2, tokens/s", "train 8, tokens/s", "peak, MB"}
     # Of so few tokens a step's time is a difference that may be anything; a failure would be text.
     assert found.keys() == names and all(isinstance(value, float) for value in found.values())

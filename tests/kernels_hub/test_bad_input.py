@@ -10,6 +10,8 @@ import torch
 from nemotron_super.kernels_hub import registry
 from nemotron_super.kernels_hub.registry import KernelError, use_kernels
 
+pytestmark = pytest.mark.no_cover
+
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
 P, N = (64, 128) if ON_GPU else (4, 4)

@@ -12,6 +12,8 @@ from nemotron_super.kernels_hub import registry
 from nemotron_super.kernels_hub.reference.decode_attention import decode_attention
 from nemotron_super.kernels_hub.registry import KernelError, use_kernels
 
+pytestmark = pytest.mark.no_cover
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 FP8 = torch.float8_e4m3fn

@@ -7,6 +7,8 @@ import pytest
 from kernels.cli import benchmark as runner
 from nemotron_super.kernels_hub import registry
 
+pytestmark = pytest.mark.no_cover
+
 SCRIPTS = runner.discover_benchmark_scripts("nemotron-h-kernels", registry.BUNDLE)
 SMALL = {
     "tokens": 40, "hidden": 64, "inner": 96, "vocab": 300, "heads": 4, "groups": 2, "batch": 2, "slots": 100,

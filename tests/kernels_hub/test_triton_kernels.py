@@ -7,11 +7,13 @@ import sys
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from nemotron_super.kernels_hub import registry
 from nemotron_super.kernels_hub.registry import topk_routing, use_kernels
 from transformers.activations import ACT2FN
+
+pytestmark = pytest.mark.no_cover
 
 DTYPES = [torch.float32, torch.bfloat16]
 # The gradient of A is one number a head, a sum over all positions whose terms cancel: rounding decides its last digits.
@@ -659,7 +661,7 @@ def test_joint_linear_map(check, tokens, width, rows, dtype, seed):
 
 @some
 @given(
-    tokens=st.sampled_from([1, 3, 16, 64]),
+    tokens=st.sampled_from([1, 3, 16, 19]),  # each chooses in a program of its own
     hidden=st.sampled_from([1, 40, 513, 2048]),
     experts=st.sampled_from([7, 32, 70]),
     width=st.sampled_from([None, 1, 33, 300]),
@@ -667,6 +669,7 @@ def test_joint_linear_map(check, tokens, width, rows, dtype, seed):
     dtype=st.sampled_from(DTYPES),
     seed=seeds,
 )
+@example(tokens=64, hidden=513, experts=32, width=33, normalise=True, dtype=torch.bfloat16, seed=0)
 def test_routing_of_few_tokens(tokens, hidden, experts, width, normalise, dtype, seed):
     """Logits and narrow tokens as exact as their dtypes; the choice is that of the op which only chooses, bit for bit."""
     x, weight, narrowing = normal(seed, (tokens, hidden), (experts, hidden), (width or 1, hidden), dtype=dtype)

@@ -15,6 +15,8 @@ from nemotron_super.kernels_hub.reference.fp8 import quantize_fp8
 from nemotron_super.kernels_hub.reference.nvfp4 import dequantize_nvfp4, quantize_nvfp4
 from nemotron_super.kernels_hub.registry import use_kernels
 
+pytestmark = pytest.mark.no_cover
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
