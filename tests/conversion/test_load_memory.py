@@ -9,12 +9,13 @@ the place of a GPU: tensors are read, sent there and forgotten. On the CPU what 
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from nemotron_super import NemotronHConfig, NemotronHForCausalLM
 from nemotron_super.conversion.quantizer import ModelOptQuantizer, install_empty, resolve_recipe
-from nemotron_super.modeling.unmapped_slices import unmapped_slices
+from nemotron_super.modeling.unmapped_slices import Room, unmapped_slices
 from safetensors.torch import load_file
 from transformers.modeling_utils import LoadStateDictConfig
 
@@ -67,10 +68,10 @@ print(json.dumps([as_it_is, growth()]))
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The release's mix: 187 MB of random weights in five files, most of it experts whose stacks span two files."""
+    """The release's mix: random weights in five files, most of it experts whose stacks span two files."""
     config = NemotronHConfig(
         hybrid_override_pattern="MEMEM*EMEME",
-        vocab_size=8192,
+        vocab_size=45_056,  # embeddings and head are most of a file each
         hidden_size=512,
         num_attention_heads=8,
         num_key_value_heads=2,
@@ -97,7 +98,7 @@ def checkpoint(tmp_path_factory):
     model.hf_quantizer = ModelOptQuantizer(recipe, pre_quantized=False)
     model.config.quantization_config = recipe
     folder = tmp_path_factory.mktemp("sharded")
-    model.save_pretrained(folder, max_shard_size="40MB")
+    model.save_pretrained(folder, max_shard_size="60MB")
     return folder
 
 
@@ -123,8 +124,35 @@ def test_files_stay_mapped_where_tensors_stay(places):
 
 
 def test_read_as_they_are(checkpoint):
-    files = sorted(checkpoint.glob("*.safetensors"))[:1]
-    slices = unmapped_slices(files, LoadStateDictConfig(device_map={"": torch.device("meta")}))
+    files = sorted(checkpoint.glob("*.safetensors"))[1:2]
+    # To several devices transformers sends them, to one they go at once.
+    slices = unmapped_slices(files, LoadStateDictConfig(device_map={"model": "cuda:0", "lm_head": "cuda:1"}))
+    sent = unmapped_slices(files, LoadStateDictConfig(device_map={"": "meta"}))
     expected = load_file(files[0])
-    assert slices.keys() == expected.keys()
-    assert all(slices[n][...].view(torch.uint8).equal(t.view(torch.uint8)) for n, t in expected.items() if t.dim() > 1)
+    assert slices.keys() == sent.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert slices[name].nbytes == tensor.nbytes and list(tensor.shape) == slices[name].get_shape()
+        assert sent[name][...].is_meta and sent[name][...].shape == tensor.shape
+        if tensor.dim() > 1:
+            assert slices[name][...].view(torch.uint8).equal(tensor.view(torch.uint8))
+            assert slices[name][1:].view(torch.uint8).equal(tensor[1:].view(torch.uint8))
+
+
+def test_who_finds_no_room_waits():
+    room, order = Room(10), []
+
+    def take(size):
+        with room.take(size):
+            order.append(size)
+
+    with room.take(6):
+        waiting = threading.Thread(target=take, args=(5,))
+        waiting.start()
+        take(4)
+        waiting.join(0.1)
+        assert waiting.is_alive() and order == [4]
+    waiting.join(10)
+    assert order == [4, 5]
+    with pytest.raises(KeyError), room.take(10):
+        raise KeyError
+    take(10)
