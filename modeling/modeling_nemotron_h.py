@@ -472,6 +472,11 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                 f"`prefill_chunk_size` is {chunk}: give the number of tokens to read at once, at least 1, or leave it out."
             )
         if generation_config.use_mtp:
+            if "prepare_inputs_for_generation" in vars(self):
+                raise ValueError(
+                    "`use_mtp` reads token ids alone, and an adapter puts a learnt prompt before them (PEFT's prompt tuning): "
+                    "decode without `use_mtp`."
+                )
             check_mtp_options(self, generation_config, generation_mode_kwargs.get("assistant_model"))
             if generation_mode_kwargs.get("synced_gpus"):
                 raise ValueError(
@@ -524,8 +529,10 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         looks_inside = generation_config.return_dict_in_generate and (
             generation_config.output_attentions or generation_config.output_hidden_states
         )
-        # Recorded steps hand out logits only, and several processes would have to record the same ones.
-        if not isinstance(model_kwargs.get("cache"), StaticHybridCache) or looks_inside or synced_gpus:
+        # Recorded steps hand out logits only, and several processes would have to record the same ones. An adapter's learnt prompt
+        # comes from `prepare_inputs_for_generation`, which PEFT then puts in the place of ours.
+        prompted = "prepare_inputs_for_generation" in vars(self)
+        if not isinstance(model_kwargs.get("cache"), StaticHybridCache) or looks_inside or synced_gpus or prompted:
             return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         return sample_captured(self, *arguments, streamer, model_kwargs)
 

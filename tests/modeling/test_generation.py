@@ -11,7 +11,7 @@ from nemotron_super.modeling.generation import MTPGenerateOutput
 from nemotron_super.modeling.snapshot import load_snapshot, save_snapshot
 from nemotron_super.modeling.speculative import accept, target_tokens
 from nemotron_super.modeling.static_cache import StaticHybridCache
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     CompileConfig,
     DynamicCache,
@@ -481,6 +481,25 @@ def test_an_adapter_drafts_too(make_model, prompts):
     ids, _ = prompts(2, 5, True, 0)
     options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
     assert adapted.generate(ids, use_mtp=True, **options).equal(adapted.generate(ids, **options))
+
+
+def test_a_learnt_prompt(make_model, prompts):
+    """Prompt tuning's virtual tokens are read from a cache of fixed size too, and never left out in silence."""
+    model = make_model("ME*M-", **MTP)
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=5, token_dim=24, num_attention_heads=4
+    )
+    ids, mask = prompts(2, 6, False, 0)
+    options = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    alone = model.generate(**options)
+    tuned = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        tuned.prompt_encoder["default"].embedding.weight.mul_(50)
+    expected = tuned.generate(**options)
+    assert not expected.equal(alone)
+    assert tuned.generate(cache_implementation="static", **options).equal(expected)
+    with pytest.raises(ValueError, match=r"`use_mtp`.*prompt tuning"):
+        tuned.generate(use_mtp=True, **options)
 
 
 def test_depth_by_default_is_the_trained_one(make_model, prompts):
