@@ -24,6 +24,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from ..kernels_hub.registry import keep_drafts
+from .cache import HybridCache, refuse_packed, refuse_ragged
 from .choosing import Choice, draw
 from .drafting import GrowingReader, tokens_behind
 from .speculative import target_tokens
@@ -62,8 +63,10 @@ def forget_idle_caches(model) -> None:
 
 
 def _cache_kind(model, batch: int, kv_dtype: torch.dtype | None) -> tuple:
-    # Tensors made in inference mode cannot be written to outside of it.
-    return batch, kv_dtype, model.dtype, model.device, torch.is_inference_mode_enabled()
+    # Tensors made in inference mode cannot be written to outside of it, and autocast makes keys of another dtype.
+    kind = model.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return batch, kv_dtype, model.dtype, model.device, torch.is_inference_mode_enabled(), autocast
 
 
 def check_room_for(cache: StaticHybridCache, prompt: int, new: int, spare: int = 0) -> None:
@@ -80,6 +83,34 @@ def check_room_for(cache: StaticHybridCache, prompt: int, new: int, spare: int =
             f"{cache.max_cache_len}: give one with `max_cache_len={prompt + new - 1 + spare}`, ask for fewer tokens, or leave "
             "`cache` out."
         )
+
+
+def held_tokens(
+    cache: HybridCache, config: GenerationConfig, ids: Tensor, mask: Tensor | None, embeds: Tensor | None
+) -> int:
+    """How many tokens of a call's prompt are in its cache: those at its beginning, or none where only new ones are given.
+
+    As in transformers: whoever gives a mask that is longer than his tokens gives new ones only.
+
+    Raises:
+        ValueError: there is no prompt, or the cache holds all of it, so that nothing is left to read; or rows of different lengths.
+    """
+    refuse_ragged(cache)
+    held, length = cache.get_seq_length(), ids.shape[1]
+    if embeds is not None:
+        length = embeds.shape[1]
+    if length == 0:
+        raise ValueError(
+            "The prompt is empty: `input_ids` needs at least one token, such as the one that begins a text."
+        )
+    if embeds is None and (mask.shape[1] if mask is not None else getattr(config, "_mask_length", length)) != length:
+        return 0
+    if held >= length:
+        raise ValueError(
+            f"`cache` already holds {held} tokens, and the prompt has {length}: at least its last must be left to read. Give the "
+            "whole text with something new behind it, or a cache that holds less."
+        )
+    return held
 
 
 def _bind(model, cache: StaticHybridCache, tokens: int) -> None:
@@ -166,7 +197,13 @@ def sample_captured(
     config, cache = generation_config, model_kwargs["cache"]
     batch, length = input_ids.shape
     embeds = model_kwargs.get("inputs_embeds")
-    check_room_for(cache, length if embeds is None else embeds.shape[1], config.max_length - length)
+    # A length that the caller brings as a stopping rule stands in for the configuration's, as in transformers' loop.
+    max_length = stopping_criteria.max_length or config.max_length
+    prompt = length if embeds is None else embeds.shape[1]
+    prompt += cache.get_seq_length() - held_tokens(
+        cache, config, input_ids, model_kwargs.get("attention_mask"), embeds
+    )
+    check_room_for(cache, prompt, max_length - length)
     returned = bool(config.return_dict_in_generate or getattr(cache, "_is_user_defined", False))
     keep_scores = bool(config.return_dict_in_generate and config.output_scores)
     keep_logits = bool(config.return_dict_in_generate and config.output_logits)
@@ -178,6 +215,7 @@ def sample_captured(
     outputs = model._prefill(input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
     del outputs
+    refuse_packed(cache)
     step = DecodeStep(model, cache, batch, model_kwargs.get("attention_mask"))
 
     unfinished = input_ids.new_ones(batch)
@@ -187,7 +225,7 @@ def sample_captured(
     ends: list[int | None] = [None] * batch  # of rows that the rules have ended
     # Where nothing but the length and the newest token is asked for, the device need not know the text.
     choice = None if rules is None else Choice.of(config.do_sample, logits_processor)
-    ids = input_ids.new_empty(batch, config.max_length if choice is None else 0)
+    ids = input_ids.new_empty(batch, max_length if choice is None else 0)
     ids[:, :length] = input_ids[:, : ids.shape[1]]
     written: list[Tensor] = []  # (batch,) each, on the host
 
@@ -223,7 +261,7 @@ def sample_captured(
             news = HostCopy(tokens, unfinished.max())
         else:
             news = HostCopy(tokens)
-        full = length >= config.max_length
+        full = length >= max_length
         # A step too many costs less than waiting, but a cache that somebody goes on with must not have seen it.
         early = not full and not returned
         if early:

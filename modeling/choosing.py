@@ -37,9 +37,15 @@ def draw(chances: Tensor, out: Tensor | None = None) -> Tensor:
     Args:
         chances: (..., classes) float32, probabilities or any multiple of them.
         out: (...) int64, written to; by default a new tensor.
+
+    Raises:
+        RuntimeError: on a CPU, where a probability is NaN or infinite. A GPU is not asked, since the host would not wait for it.
     """
     clocks = torch.empty_like(chances).exponential_()
     if not chances.is_cuda:
+        torch._assert_async(
+            chances.sum().isfinite(), "no token can be drawn: scores are all -inf, or hold NaN or infinity"
+        )
         clocks.clamp_(min=torch.finfo(clocks.dtype).tiny)  # only there can a number be zero
     if out is None:
         out = torch.empty(chances.shape[:-1], dtype=torch.long, device=chances.device)

@@ -27,7 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache import ROLLBACK_LIMIT, HybridCache
-from .captured_decoding import CapturedReader, HostCopy, check_room_for, give_back_cache
+from .captured_decoding import CapturedReader, HostCopy, check_room_for, give_back_cache, held_tokens
 from .choosing import Choice, draw
 from .drafting import MOST_DEPTHS, GrowingReader
 from .speculative import accept, target_tokens
@@ -146,7 +146,7 @@ class _Rows:
         if self.choice is not None:
             return self.choice.scores(logits)
         assert self.written is not None
-        scores = logits.clone()
+        scores: Tensor | None = None
         for length in sorted({self.lengths[row] for row in self.open_rows()}):
             # Processors take a batch of one length, and some know its size: rows of another length are stood in for.
             here = [written == length for written in self.lengths]
@@ -156,7 +156,10 @@ class _Rows:
             for i in range(logits.shape[1]):
                 seen = torch.cat([ids, drafts[:, : behind + i]], dim=1)
                 processed = self.processors(seen, logits[:, i].clone())
-                scores[chosen, i] = processed[chosen]
+                if scores is None:  # a processor may give fewer classes, or another dtype
+                    scores = logits.new_zeros(*logits.shape[:2], processed.shape[-1])
+                scores[chosen, i] = processed[chosen].to(scores.dtype)
+        assert scores is not None
         return scores
 
     def append(
@@ -303,6 +306,7 @@ def generate_with_mtp(
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     streamer: BaseStreamer | None = None,
+    position_ids: Tensor | None = None,
 ) -> Tensor | MTPGenerateOutput:
     """The decoding loop behind `generate(use_mtp=True)`, called by it with everything prepared.
 
@@ -311,30 +315,31 @@ def generate_with_mtp(
         cache: where it holds the beginning of the prompt, only the rest is read.
         attention_mask: (batch, seq) with 0 for padding, or None.
         inputs_embeds: (batch, seq, hidden).
+        position_ids: (batch or 1, seq), in which packed documents are found, and refused.
 
     Returns:
         Token ids (batch, length), or an `MTPGenerateOutput` with `return_dict_in_generate`. A streamer finds the
         statistics as its attribute `mtp_statistics` when `end()` is called.
     """
     config = generation_config
-    if not isinstance(cache, HybridCache):
-        raise ValueError(
-            f"`use_mtp` works on a `HybridCache`, got {type(cache).__name__}: leave `cache` out or give one."
-        )
     batch = input_ids.shape[0]
     keep = (
         bool(config.return_dict_in_generate and config.output_scores),
         bool(config.return_dict_in_generate and config.output_logits),
     )
+    # A length that the caller brings as a stopping rule stands in for the configuration's, as in plain decoding.
+    max_length = stopping_criteria.max_length or config.max_length
+    held = held_tokens(cache, config, input_ids, attention_mask, inputs_embeds)
     reader: GrowingReader
     if isinstance(cache, StaticHybridCache):
         prompt = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
-        check_room_for(cache, prompt, config.max_length - input_ids.shape[1], spare=LONGEST_STEP)
+        prompt += cache.get_seq_length() - held
+        check_room_for(cache, prompt, max_length - input_ids.shape[1], spare=LONGEST_STEP)
         reader = CapturedReader(model, cache, attention_mask)
     else:
         reader = GrowingReader(model, cache, attention_mask)
     choice = Choice.of(config.do_sample, logits_processor)
-    rows = _Rows(input_ids, logits_processor, stopping_criteria, config.max_length, choice)
+    rows = _Rows(input_ids, logits_processor, stopping_criteria, max_length, choice)
     statistics = MTPStatistics()
 
     def choose(logits: Tensor, drafts: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -351,7 +356,12 @@ def generate_with_mtp(
             streamer.put(torch.tensor(values[:added]))
         return added
 
-    logits = reader.read_prompt(input_ids, inputs_embeds, config.prefill_chunk_size)
+    logits = reader.read_prompt(
+        input_ids[:, held:] if inputs_embeds is None else None,
+        None if inputs_embeds is None else inputs_embeds[:, held:],
+        config.prefill_chunk_size,
+        position_ids,
+    )
     no_drafts = input_ids.new_empty(batch, 0)
     _, token, scores = choose(logits, no_drafts, logits[:, :0] if config.do_sample else None)
     values = token.tolist()

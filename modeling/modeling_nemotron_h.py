@@ -27,7 +27,7 @@ from ..configuration.configuration_nemotron_h import NemotronHConfig
 from .attention import NemotronHAttention
 from .block import NemotronHBlock
 from .cache import HybridCache, check_cache
-from .captured_decoding import borrow_cache, sample_captured
+from .captured_decoding import borrow_cache, held_tokens, sample_captured
 from .fp8_cache import kv_dtype_of
 from .generation import check_mtp_options, generate_with_mtp, refuse_several_gpus, refuse_stateful_processors
 from .latent_moe import NemotronHExperts, NemotronHTopkRouter
@@ -260,7 +260,9 @@ class NemotronHModel(NemotronHPreTrainedModel):
         if isinstance(cache, HybridCache):
             # On a GPU nobody has looked at the mask of a single token, and there is no order.
             padded = layout.padding is not None and layout.padding.order is not None
-            cache.note_tokens(inputs_embeds.shape[1], packed=layout.seq_idx is not None, padded=padded)
+            # While a graph is traced, positions that are given may be of one document: nobody has looked.
+            packed = layout.seq_idx is not None and not torch.compiler.is_compiling()
+            cache.note_tokens(inputs_embeds.shape[1], packed=packed, padded=padded)
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, cache=cache if use_cache else None)
 
     def prepare_inputs(
@@ -442,6 +444,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             vars(self.generation_config),
         )
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if prepared.is_assistant:
+            prepared.use_mtp = False  # of its own generation config: here it is the drafter
         if prepared.use_mtp:
             if all(source.get("num_assistant_tokens") is None for source in given):
                 prepared.num_assistant_tokens = self.config.mtp_num_depths
@@ -462,7 +466,17 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         return super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args)
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        chunk = generation_config.prefill_chunk_size
+        if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+            raise ValueError(
+                f"`prefill_chunk_size` is {chunk}: give the number of tokens to read at once, at least 1, or leave it out."
+            )
         if generation_config.use_mtp:
+            if "prepare_inputs_for_generation" in vars(self):
+                raise ValueError(
+                    "`use_mtp` reads token ids alone, and an adapter puts a learnt prompt before them (PEFT's prompt tuning): "
+                    "decode without `use_mtp`."
+                )
             check_mtp_options(self, generation_config, generation_mode_kwargs.get("assistant_model"))
             if generation_mode_kwargs.get("synced_gpus"):
                 raise ValueError(
@@ -478,10 +492,24 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         # `generate` looks the decoding loop up by this name, for every kind of drafts.
         refuse_stateful_processors(logits_processor)
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        cache = kwargs.get("cache")
+        if isinstance(cache, HybridCache):
+            mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+            held_tokens(cache, generation_config, input_ids, mask, embeds)
+        elif generation_config.use_cache:
+            raise ValueError(
+                f"Drafts are taken back from a `HybridCache`, and `cache` is a {type(cache).__name__}: leave it out or give one, "
+                "and leave `cache_implementation` out or at 'dynamic', 'static' or 'quantized'."
+            )
         if not generation_config.use_mtp:
             with stopping_at(stopping_criteria):
                 return super()._assisted_decoding(*arguments, inputs_tensor=inputs_tensor, **kwargs)
-        names = ("streamer", "cache", "attention_mask", "inputs_embeds")
+        for name in ("seq_idx", "cu_seq_lens_q", "output_mtp_logits"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`use_mtp` knows no `{name}`: leave it out, or decode without `use_mtp`.")
+        if kwargs.get("inputs_embeds") is None:
+            _check_token_ids(input_ids, self.config.vocab_size)
+        names = ("streamer", "cache", "attention_mask", "inputs_embeds", "position_ids")
         return generate_with_mtp(self, *arguments, **{name: kwargs.get(name) for name in names})
 
     def _get_candidate_generator(self, *args, **kwargs):
@@ -501,10 +529,20 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         looks_inside = generation_config.return_dict_in_generate and (
             generation_config.output_attentions or generation_config.output_hidden_states
         )
-        # Recorded steps hand out logits only, and several processes would have to record the same ones.
-        if not isinstance(model_kwargs.get("cache"), StaticHybridCache) or looks_inside or synced_gpus:
+        # Recorded steps hand out logits only, and several processes would have to record the same ones. An adapter's learnt prompt
+        # comes from `prepare_inputs_for_generation`, which PEFT then puts in the place of ours.
+        prompted = "prepare_inputs_for_generation" in vars(self)
+        if not isinstance(model_kwargs.get("cache"), StaticHybridCache) or looks_inside or synced_gpus or prompted:
             return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         return sample_captured(self, *arguments, streamer, model_kwargs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        cache = model_kwargs.get("cache")
+        if is_first_iteration and isinstance(cache, HybridCache):
+            # transformers would read all of a prompt again that the cache holds.
+            mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
+            held_tokens(cache, generation_config, input_ids, mask, embeds)
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     def _prepare_generated_length(self, generation_config, *args, input_ids_length, inputs_tensor, **kwargs):
         config = super()._prepare_generated_length(
@@ -541,7 +579,9 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                 f"leave the backend out of `cache_config`, which is {wanted.cache_config}."
             )
         static = fixed and wanted.compile_config is None
-        static = static and not wanted.is_assistant  # whose caches must crop
+        if wanted.is_assistant:  # whose caches must crop
+            static, wanted = False, copy.copy(wanted)
+            wanted.cache_implementation = None
         if static or isinstance(given, StaticHybridCache):
             refuse_several_gpus(self, "A cache of fixed size")
         if given is None and wanted.use_cache and static:

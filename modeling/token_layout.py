@@ -153,11 +153,8 @@ def describe_tokens(
     if isinstance(attention_mask, dict):
         causal_mask, token_mask = attention_mask.get("full_attention"), attention_mask.get("linear_attention")
     elif attention_mask is not None and attention_mask.dim() == 2:
-        if not tracing and isinstance(past, int) and attention_mask.shape != (batch, past + length):
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(attention_mask.shape)}, expected {(batch, past + length)}: one entry "
-                f"for each of the {past} cached and {length} new positions of {batch} rows."
-            )
+        if not tracing and isinstance(past, int):
+            check_mask(attention_mask, past, inputs_embeds)
         token_mask = attention_mask[:, -length:]
 
     seq_idx = _document_ids(batch, length, position_ids, past, token_mask, seq_idx, cu_seq_lens, inputs_embeds.device)
@@ -208,6 +205,20 @@ def describe_tokens(
 
     padding = _find_padding(token_mask)
     return TokenLayout(causal_mask, padding, seq_idx, documents, behind_past=behind_past)
+
+
+def check_mask(attention_mask: Tensor | None, past: int, new: Tensor) -> None:
+    """Refuse a mask that is not (batch, past + seq) for `new` (batch, seq, ...) behind `past` positions.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    batch, length = new.shape[:2]
+    if attention_mask is not None and attention_mask.shape != (batch, past + length):
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}, expected {(batch, past + length)}: one entry "
+            f"for each of the {past} cached and {length} new positions of {batch} rows."
+        )
 
 
 def _layer_kinds(config: NemotronHConfig) -> set[str]:

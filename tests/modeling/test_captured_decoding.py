@@ -570,6 +570,17 @@ def test_idle_caches(make_model, prompts):
     copy.deepcopy(model)
 
 
+def test_idle_caches_under_autocast(make_model, prompts):
+    """Keys made there have another dtype: a cache that was filled without it is not for them, nor the other way round."""
+    model = make_model("ME*")
+    ids, _ = prompts(1, 5, False, 0)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for autocast in (False, True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            found = model.generate(ids, cache_implementation="static", **options)
+            assert found.equal(model.generate(ids, **options))
+
+
 def test_sizes_are_few_and_close():
     sizes = {round_up(n) for n in range(1, 4097)}
     assert len(sizes) == 17 and all(n <= round_up(n) <= max(256, 1.25 * n + 1) for n in range(1, 100_000, 37))

@@ -10,10 +10,14 @@ from nemotron_super.modeling.cache import HybridCache
 from nemotron_super.modeling.generation import MTPGenerateOutput
 from nemotron_super.modeling.snapshot import load_snapshot, save_snapshot
 from nemotron_super.modeling.speculative import accept, target_tokens
-from peft import LoraConfig, get_peft_model
+from nemotron_super.modeling.static_cache import StaticHybridCache
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     CompileConfig,
+    DynamicCache,
     LogitsProcessorList,
+    MaxLengthCriteria,
+    StaticCache,
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
@@ -479,6 +483,25 @@ def test_an_adapter_drafts_too(make_model, prompts):
     assert adapted.generate(ids, use_mtp=True, **options).equal(adapted.generate(ids, **options))
 
 
+def test_a_learnt_prompt(make_model, prompts):
+    """Prompt tuning's virtual tokens are read from a cache of fixed size too, and never left out in silence."""
+    model = make_model("ME*M-", **MTP)
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=5, token_dim=24, num_attention_heads=4
+    )
+    ids, mask = prompts(2, 6, False, 0)
+    options = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    alone = model.generate(**options)
+    tuned = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        tuned.prompt_encoder["default"].embedding.weight.mul_(50)
+    expected = tuned.generate(**options)
+    assert not expected.equal(alone)
+    assert tuned.generate(cache_implementation="static", **options).equal(expected)
+    with pytest.raises(ValueError, match=r"`use_mtp`.*prompt tuning"):
+        tuned.generate(use_mtp=True, **options)
+
+
 def test_depth_by_default_is_the_trained_one(make_model, prompts):
     model = make_model("ME*", mtp_num_depths=3, **MTP)
     ids, _ = prompts(1, 5, False, 0)
@@ -486,6 +509,151 @@ def test_depth_by_default_is_the_trained_one(make_model, prompts):
     assert len(model.generate(ids, **options).mtp_statistics.acceptance_rate) == 3
     model.generation_config.num_assistant_tokens = 1
     assert len(model.generate(ids, **options).mtp_statistics.acceptance_rate) == 1
+
+
+WAYS = [{"use_mtp": True}, {"cache_implementation": "static"}, {"use_mtp": True, "cache_implementation": "static"}]
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_a_length_among_the_stopping_criteria(options, make_model, prompts):
+    """It stands in for the configuration's, longer or shorter, as in plain decoding."""
+    model = make_model("ME*M-", **MTP)
+    ids, mask = prompts(3, 6, True, 0)
+    shared = {"attention_mask": mask, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 4}
+    for length in (8, 30):
+        criteria = StoppingCriteriaList([MaxLengthCriteria(length)])
+        expected = model.generate(ids, stopping_criteria=criteria, **shared)
+        assert expected.shape[1] == length
+        assert model.generate(ids, stopping_criteria=criteria, **shared, **options).equal(expected)
+    if "cache_implementation" in options:
+        with pytest.raises(ValueError, match=r"6 tokens with 394 new ones.*does not fit"):
+            model.generate(ids, stopping_criteria=[MaxLengthCriteria(400)], **shared, **options)
+
+
+@pytest.mark.parametrize("change", ["half", "double", "fewer"])
+def test_processors_that_change_dtype_or_vocabulary(change, make_model, prompts):
+    model = make_model("ME*M-", **MTP)
+    ids, mask = prompts(3, 6, True, 0)
+    processor = {"half": lambda _, s: s.half(), "double": lambda _, s: s.double(), "fewer": lambda _, s: s[:, :30]}[
+        change
+    ]
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    options |= {"logits_processor": LogitsProcessorList([processor])}
+    assert model.generate(ids, use_mtp=True, **options).equal(model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_nothing_to_draw_from(options, make_model):
+    """Where no token is possible, none is made up: plain decoding raises a RuntimeError, too."""
+    nothing = LogitsProcessorList([lambda _, scores: scores * 0 - torch.inf])
+    with pytest.raises(RuntimeError, match="no token can be drawn"):
+        make_model("ME*", **MTP).generate(
+            torch.tensor([[3, 4]]), logits_processor=nothing, do_sample=True, max_new_tokens=3, **options
+        )
+
+
+@pytest.mark.parametrize("drafts", [{}, {"use_mtp": True}, {"prompt_lookup_num_tokens": 2}], ids=str)
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_only_what_is_new_behind_a_cache(implementation, drafts, make_model, prompts):
+    """With a mask of the whole text, the tokens that the cache holds need not be given again."""
+    model = make_model("ME*M-", **MTP)
+    rows = 1 if "prompt_lookup_num_tokens" in drafts else 3
+    ids, mask = prompts(rows, 7, True, 1)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 5}
+    begun = options | {"cache_implementation": implementation, "max_cache_len": 64 if implementation else None}
+    for new in (2, 5, 12):
+        first = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **begun)
+        turn = prompts(rows, new, False, 9)[0]
+        whole = torch.cat([first.sequences, turn], 1)
+        longer = torch.cat([mask, mask.new_ones(rows, 5 + new)], 1)
+        expected = model.generate(whole, attention_mask=longer, **options)
+        only = torch.cat([first.sequences[:, -1:], turn], 1)
+        found = model.generate(only, attention_mask=longer, cache=first.cache, **options, **drafts)
+        assert found[:, -5:].equal(expected[:, -5:])
+
+
+@pytest.mark.parametrize("drafts", [{}, {"use_mtp": True}, {"prompt_lookup_num_tokens": 2}], ids=str)
+@pytest.mark.parametrize(
+    "make", [HybridCache, lambda config: StaticHybridCache(config, 64)], ids=["growing", "static"]
+)
+def test_a_prompt_of_which_nothing_is_left_is_refused(make, drafts, make_model):
+    model, ids = make_model("ME*", **MTP), torch.tensor([[3, 4, 5]])
+    cache = make(model.config)
+    with torch.no_grad():
+        model(ids, cache=cache)
+    for known in (ids, ids[:, :2]):
+        with pytest.raises(ValueError, match="`cache` already holds 3 tokens"):
+            model.generate(known, cache=cache, max_new_tokens=3, **drafts)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        model.generate(ids[:, :0], max_new_tokens=3, **drafts)
+
+
+@pytest.mark.parametrize("drafts", [{"use_mtp": True}, {"prompt_lookup_num_tokens": 2}], ids=str)
+@pytest.mark.parametrize("make", [lambda c: DynamicCache(config=c), lambda c: StaticCache(config=c, max_cache_len=64)])
+def test_drafts_need_a_cache_of_our_own(make, drafts, make_model):
+    model = make_model("ME*", **MTP)
+    with pytest.raises(ValueError, match=r"`HybridCache`, and `cache` is a (Dynamic|Static)Cache"):
+        model.generate(torch.tensor([[3, 4]]), cache=make(model.config), max_new_tokens=3, **drafts)
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_packed_documents_are_refused(options, make_model):
+    """As in plain decoding: nothing can go on behind several documents."""
+    model, ids = make_model("ME*", **MTP), torch.tensor([[3, 4, 5, 6]])
+    with pytest.raises(ValueError, match="packed documents"):
+        model.generate(ids, position_ids=torch.tensor([[0, 1, 0, 1]]), max_new_tokens=3, **options)
+    with pytest.raises(ValueError, match=r"packed documents|`seq_idx`"):
+        model.generate(ids, seq_idx=torch.tensor([[0, 0, 1, 1]]), max_new_tokens=3, **options)
+
+
+@pytest.mark.parametrize(
+    "default",
+    [{"use_mtp": True}, {"cache_implementation": "static"}, {"use_mtp": True, "num_assistant_tokens": 2}],
+    ids=str,
+)
+def test_an_assistant_with_defaults_of_its_own(default, make_model):
+    """What an assistant's generation config asks for when it writes itself does not hold where it drafts."""
+    model, assistant = make_model("ME*"), make_model("M*", seed=1, scale=1.0, **MTP)
+    for name, value in default.items():
+        setattr(assistant.generation_config, name, value)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    ids = torch.tensor([[3, 4, 5]])
+    assert model.generate(ids, assistant_model=assistant, **options).equal(model.generate(ids, **options))
+
+
+def test_a_compiled_forward_holds_no_documents(make_model):
+    """Positions that `generate` makes are of one document, also where a compiler has not looked at them."""
+    model, ids = make_model("ME*"), torch.tensor([[3, 4, 5, 6]])
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    forward, model.forward = model.forward, torch.compile(model.forward, backend="eager")
+    first = model.generate(ids, **options)
+    model.forward = forward
+    turn = torch.cat([first.sequences, ids], 1)
+    assert model.generate(turn, cache=first.cache, **options).sequences.equal(
+        model.generate(turn, **options).sequences
+    )
+
+
+@pytest.mark.parametrize("chunk", [0, -2, 2.5])
+@pytest.mark.parametrize("drafts", [{}, {"use_mtp": True}], ids=str)
+def test_a_chunk_of_no_tokens_is_refused(chunk, drafts, make_model):
+    with pytest.raises(ValueError, match=f"`prefill_chunk_size` is {chunk}"):
+        make_model("ME*", **MTP).generate(torch.tensor([[3, 4]]), prefill_chunk_size=chunk, max_new_tokens=3, **drafts)
+
+
+def test_a_prompt_with_mtp_is_checked_as_any_other(make_model):
+    model, ids = make_model("ME*", **MTP), torch.tensor([[3, 4], [5, 6]])
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    with pytest.raises(ValueError, match=r"`attention_mask` has shape \(2, 3\), expected \(2, 2\)"):
+        model.generate(ids, attention_mask=mask, use_mtp=True, max_new_tokens=3)
+    with pytest.raises(ValueError, match="`input_ids` holds 99"):
+        model.generate(torch.tensor([[3, 99]]), use_mtp=True, max_new_tokens=3)
 
 
 BAD = {
