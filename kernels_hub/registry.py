@@ -34,6 +34,7 @@ from . import conventions
 from .reference.add_rms_norm import add_rms_norm as _add_rms_norm
 from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
 from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
+from .reference.causal_conv1d import conv_misfit
 from .reference.decode_attention import decode_attention as _decode_attention
 from .reference.fill_slots import fill_slots as _fill_slots
 from .reference.keep_drafts import keep_drafts as _keep_drafts
@@ -41,6 +42,7 @@ from .reference.likeliest import likeliest as _likeliest
 from .reference.linear import joint_linear as _joint_linear
 from .reference.linear import small_batch_linear as _small_batch_linear
 from .reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
+from .reference.moe_experts import experts_misfit, pairs_misfit
 from .reference.moe_experts import moe_experts as _moe_experts
 from .reference.quantized_experts import fp8_experts as _fp8_experts
 from .reference.quantized_experts import nvfp4_experts as _nvfp4_experts
@@ -52,6 +54,7 @@ from .reference.replay import selective_state_replay as _selective_state_replay
 from .reference.rms_norm import gated_rms_norm as _gated_rms_norm
 from .reference.rms_norm import rms_norm as _rms_norm
 from .reference.selective_state_update import selective_state_update as _selective_state_update
+from .reference.ssd_chunk_scan import scan_misfit
 from .reference.ssd_chunk_scan import ssd_chunk_scan as _ssd_chunk_scan
 from .reference.stochastic_round import STOCHASTIC
 from .reference.time_step import step_and_decay as _step_and_decay
@@ -75,6 +78,13 @@ def _dtype_of(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = _SERV
     if tensor.dtype in dtypes:
         return None
     return f"`{name}` is {tensor.dtype}, the kernel serves {', '.join(str(d) for d in dtypes)}"
+
+
+def _gradient(*tensors: Tensor | None) -> str | None:
+    """For kernels that have none."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "the kernel has no gradient: call it under `torch.no_grad()`"
+    return None
 
 
 def _dense_tail(name: str, tensor: Tensor, dims: int) -> str | None:
@@ -105,13 +115,11 @@ def _conv_limits(
 ) -> str | None:
     if x.shape[0] > 65535:
         return f"`x` has {x.shape[0]} rows, a launch takes 65535"
-    return _dtype_of("x", x)
+    return conv_misfit(x, weight, bias, state, seq_idx) or _dtype_of("x", x)
 
 
 def _conv_update_limits(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return "the one-token kernel has no gradient: call it under `torch.no_grad()`"
-    return _dtype_of("x", x) or _dense_tail("state", state, 2)
+    return _gradient(state, x, weight, bias) or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
 def _scan_limits(
@@ -137,25 +145,31 @@ def _scan_limits(
         return f"`x` is {x.dtype}, the compiled kernel serves torch.bfloat16"
     if B.dtype != x.dtype or C.dtype != x.dtype:
         return f"`x`, `B` and `C` are {x.dtype}, {B.dtype} and {C.dtype}: the kernel wants one dtype"
-    return _dtype_of("x", x)
+    return scan_misfit(x, dt, A, B, C, D, initial_state, seq_idx) or _dtype_of("x", x)
 
 
 def _step_limits(dt: Tensor, dt_bias: Tensor, A_log: Tensor, *time_step: Any, **named: Any) -> str | None:
-    if torch.is_grad_enabled() and (dt.requires_grad or dt_bias.requires_grad or A_log.requires_grad):
-        return "the kernel has no gradient: call it under `torch.no_grad()`"
     if not 0 < dt.shape[0] < 65536:
         return f"`dt` has {dt.shape[0]} rows, a launch takes 1 to 65535"
-    return _dtype_of("dt", dt)
+    return _gradient(dt, dt_bias, A_log) or _dtype_of("dt", dt)
 
 
 def _state_update_limits(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *time_step: Any, **named: Any
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor | None = None,
+    *time_step: Any,
+    **named: Any,
 ) -> str | None:
-    if torch.is_grad_enabled() and (x.requires_grad or dt.requires_grad or A.requires_grad):
-        return "the one-token kernel has no gradient: call it under `torch.no_grad()`"
     if state.dtype in STOCHASTIC:
         return f"`state` is {state.dtype}, which has to be rounded stochastically; the kernel rounds to nearest"
-    return _dtype_of("x", x) or _dense_tail("state", state, 2)
+    gradient = _gradient(state, x, dt, A, B, C, D, dt_bias)
+    return gradient or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
 def _logits_limits(x: Tensor, weight: Tensor) -> str | None:
@@ -210,7 +224,8 @@ def _experts_limits(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down:
         return f"{up.shape[0]} experts, the kernel serves up to 32767"
     if x.dtype == torch.bfloat16 and (x.shape[1] % 8 or up.shape[1] % 8):
         return f"width {x.shape[1]} and intermediate {up.shape[1]}: grouped_mm wants multiples of 8"
-    return _dtype_of("x", x) or _dense_tail("up", up, 3) or _dense_tail("down", down, 3)
+    misfit = experts_misfit(x, index, weights, up, down)
+    return misfit or _dtype_of("x", x) or _dense_tail("up", up, 3) or _dense_tail("down", down, 3)
 
 
 def _packed_limits(x: Tensor, *matrices: tuple[Tensor, ...]) -> str | None:
@@ -251,7 +266,7 @@ def _packed_experts_limits(
         return "activations are simulated, which the kernel does not do"
     if up[0].shape[0] > 32767:
         return f"{up[0].shape[0]} experts, the kernel serves up to 32767"
-    return _packed_limits(x, up, down)
+    return pairs_misfit(x, index, weights) or _packed_limits(x, up, down)
 
 
 def _add_norm_limits(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | None:
@@ -269,14 +284,13 @@ def _conv_replay_limits(
     settled: int = 0,
     kept: Tensor | None = None,
 ) -> str | None:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return "the kernel has no gradient: call it under `torch.no_grad()`"
+    gradient = _gradient(state, x, weight, bias, drafts)
     if drafts is None:
-        return _replayed(0, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+        return gradient or _replayed(0, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
     if drafts.dtype != x.dtype or x.shape[1] > drafts.shape[1]:
         return f"`drafts` is {drafts.dtype} {tuple(drafts.shape)}, it has to take `x`, {x.dtype} {tuple(x.shape)}"
     dense = _dense_tail("state", state, 2) or _dense_tail("drafts", drafts, 1)
-    return _replayed(drafts.shape[1], settled) or _dtype_of("x", x) or dense
+    return gradient or _replayed(drafts.shape[1], settled) or _dtype_of("x", x) or dense
 
 
 def _state_replay_limits(
@@ -288,16 +302,17 @@ def _state_replay_limits(
     C: Tensor,
     D: Tensor,
     settled: int = 0,
+    kept: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     *time_step: Any,
     **named: Any,
 ) -> str | None:
-    if torch.is_grad_enabled() and (x.requires_grad or dt.requires_grad or A.requires_grad):
-        return "the kernel has no gradient: call it under `torch.no_grad()`"
     if settled and state.dtype in STOCHASTIC:
         return f"`state` is {state.dtype}, which has to be rounded stochastically; the kernel rounds to nearest"
     if x.shape[1] > 96:
         return f"{x.shape[1]} tokens, the kernel replays up to 96"
-    return _replayed(x.shape[1], settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+    gradient = _gradient(state, x, dt, A, B, C, D, dt_bias)
+    return gradient or _replayed(x.shape[1], settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
 def _replayed(tokens: int, settled: int) -> str | None:
@@ -305,15 +320,13 @@ def _replayed(tokens: int, settled: int) -> str | None:
 
 
 def _small_linear_limits(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *epilogue: Any, **named: Any
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu2: bool = False, plus: tuple[Tensor, ...] = ()
 ) -> str | None:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return "the kernel has no gradient: call it under `torch.no_grad()`"
     if x.numel() > 64 * x.shape[-1]:
         return f"`x` is {tuple(x.shape)}, the kernel serves (..., in) with up to 64 tokens in all"
     if weight.dtype != x.dtype:
         return f"`x` and `weight` are {x.dtype} and {weight.dtype}: the kernel wants one dtype"
-    return _dtype_of("x", x)
+    return _gradient(x, weight, bias, *plus) or _dtype_of("x", x)
 
 
 def _joint_linear_limits(x: Tensor, weights: Sequence[Tensor]) -> str | None:
@@ -336,8 +349,9 @@ def _decode_attention_limits(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> str | None:
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return "the kernel has no gradient: call it under `torch.no_grad()`"
+    gradient = _gradient(query, key, value)
+    if gradient is not None:
+        return gradient
     fp8 = key.dtype == torch.float8_e4m3fn
     if value.dtype != key.dtype or (key.dtype != query.dtype and not fp8):
         return f"`query`, `key` and `value` are {query.dtype}, {key.dtype} and {value.dtype}"
@@ -368,8 +382,9 @@ def _fill_slots_limits(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> str | None:
-    if torch.is_grad_enabled() and (new_keys.requires_grad or new_values.requires_grad):
-        return "the kernel has no gradient: call it under `torch.no_grad()`"
+    gradient = _gradient(keys, values, new_keys, new_values)
+    if gradient is not None:
+        return gradient
     fp8 = k_scale is not None
     if fp8 != (v_scale is not None) or new_values.dtype != new_keys.dtype:
         return "the kernel wants keys and values of one dtype, and scales for both or for none"

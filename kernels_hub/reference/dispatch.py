@@ -1,11 +1,20 @@
-"""When an op must go through its registered operator, and when its plain function will do."""
+"""What comes before an op: whether its plain function will do, and whether its arguments fit together."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def as_operator() -> bool:
     """Whether autograd or a compiler has to see the op. Otherwise the plain function saves the operator's overhead,
     which at one decoded token outweighs the arithmetic."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+def misshapen(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> str | None:
+    """The first of (name, tensor or None, shape) whose tensor has another shape, in words; or None."""
+    for name, tensor, shape in expected:
+        if tensor is not None and tensor.shape != shape:
+            return f"`{name}` has shape {tuple(tensor.shape)}, the other arguments ask for {tuple(shape)}"
+    return None
