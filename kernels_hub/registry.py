@@ -36,6 +36,7 @@ from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
 from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
 from .reference.causal_conv1d import conv_misfit
 from .reference.decode_attention import decode_attention as _decode_attention
+from .reference.dispatch import no_gradient
 from .reference.fill_slots import fill_slots as _fill_slots
 from .reference.keep_drafts import keep_drafts as _keep_drafts
 from .reference.likeliest import likeliest as _likeliest
@@ -80,13 +81,6 @@ def _dtype_of(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = _SERV
     return f"`{name}` is {tensor.dtype}, the kernel serves {', '.join(str(d) for d in dtypes)}"
 
 
-def _gradient(*tensors: Tensor | None) -> str | None:
-    """For kernels that have none."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return "the kernel has no gradient: call it under `torch.no_grad()`"
-    return None
-
-
 def _dense_tail(name: str, tensor: Tensor, dims: int) -> str | None:
     """The last `dims` dimensions have to lie without gaps."""
     stride = 1
@@ -119,7 +113,7 @@ def _conv_limits(
 
 
 def _conv_update_limits(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    return _gradient(state, x, weight, bias) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+    return no_gradient(state, x, weight, bias) or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
 def _scan_limits(
@@ -151,7 +145,7 @@ def _scan_limits(
 def _step_limits(dt: Tensor, dt_bias: Tensor, A_log: Tensor, *time_step: Any, **named: Any) -> str | None:
     if not 0 < dt.shape[0] < 65536:
         return f"`dt` has {dt.shape[0]} rows, a launch takes 1 to 65535"
-    return _gradient(dt, dt_bias, A_log) or _dtype_of("dt", dt)
+    return no_gradient(dt, dt_bias, A_log) or _dtype_of("dt", dt)
 
 
 def _state_update_limits(
@@ -168,7 +162,7 @@ def _state_update_limits(
 ) -> str | None:
     if state.dtype in STOCHASTIC:
         return f"`state` is {state.dtype}, which has to be rounded stochastically; the kernel rounds to nearest"
-    gradient = _gradient(state, x, dt, A, B, C, D, dt_bias)
+    gradient = no_gradient(state, x, dt, A, B, C, D, dt_bias)
     return gradient or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
@@ -284,7 +278,7 @@ def _conv_replay_limits(
     settled: int = 0,
     kept: Tensor | None = None,
 ) -> str | None:
-    gradient = _gradient(state, x, weight, bias, drafts)
+    gradient = no_gradient(state, x, weight, bias, drafts)
     if drafts is None:
         return gradient or _replayed(0, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
     if drafts.dtype != x.dtype or x.shape[1] > drafts.shape[1]:
@@ -311,7 +305,7 @@ def _state_replay_limits(
         return f"`state` is {state.dtype}, which has to be rounded stochastically; the kernel rounds to nearest"
     if x.shape[1] > 96:
         return f"{x.shape[1]} tokens, the kernel replays up to 96"
-    gradient = _gradient(state, x, dt, A, B, C, D, dt_bias)
+    gradient = no_gradient(state, x, dt, A, B, C, D, dt_bias)
     return gradient or _replayed(x.shape[1], settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
@@ -326,7 +320,7 @@ def _small_linear_limits(
         return f"`x` is {tuple(x.shape)}, the kernel serves (..., in) with up to 64 tokens in all"
     if weight.dtype != x.dtype:
         return f"`x` and `weight` are {x.dtype} and {weight.dtype}: the kernel wants one dtype"
-    return _gradient(x, weight, bias, *plus) or _dtype_of("x", x)
+    return no_gradient(x, weight, bias, *plus) or _dtype_of("x", x)
 
 
 def _joint_linear_limits(x: Tensor, weights: Sequence[Tensor]) -> str | None:
@@ -349,7 +343,7 @@ def _decode_attention_limits(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> str | None:
-    gradient = _gradient(query, key, value)
+    gradient = no_gradient(query, key, value)
     if gradient is not None:
         return gradient
     fp8 = key.dtype == torch.float8_e4m3fn
@@ -382,7 +376,7 @@ def _fill_slots_limits(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> str | None:
-    gradient = _gradient(keys, values, new_keys, new_values)
+    gradient = no_gradient(keys, values, new_keys, new_values)
     if gradient is not None:
         return gradient
     fp8 = k_scale is not None
@@ -453,9 +447,10 @@ class Op:
             # Whoever kernelized the model has chosen this one: it speaks the convention of the name it was chosen by.
             return getattr(conventions, self.name)(hub, *args, **kwargs)
         # Without these lines first, a decoded token would pay for choices that have one outcome.
-        if forced == "torch" or (forced is None and not args[0].is_cuda):
+        first = args[0] if args else _first_tensor(kwargs)
+        if forced == "torch" or (forced is None and not first.is_cuda):
             return self.reference(*args, **kwargs)
-        if forced is None and _bundled_alone(args[0].device) and self.limits(*args, **kwargs) is None:
+        if forced is None and _bundled_alone(first.device) and self.limits(*args, **kwargs) is None:
             return self._kernel("triton")(*args, **kwargs)
         source, kernel, reason = self.choose(*args, **kwargs)
         if forced is not None and source != forced:
@@ -465,18 +460,19 @@ class Op:
     def choose(self, *args: Any, **kwargs: Any) -> tuple[str, Callable, str]:
         """What serves these arguments: source, function, and why nothing better does (empty if nothing is)."""
         forced = _forced.get(self.name)
+        first = args[0] if args else _first_tensor(kwargs)
         reasons: list[str] = []
         for source in ("hub", "package", "triton") if forced is None else (forced,):
-            reason = _cannot_load(source, self.name) or _cannot_run(args[0].device, forced is not None)
-            reason = reason or self._cannot_serve(source, *args, **kwargs)
+            reason = _cannot_load(source, self.name) or _cannot_run(first.device, forced is not None)
+            reason = reason or self._cannot_serve(source, first, *args, **kwargs)
             if reason is None:
                 return source, self._kernel(source), "; ".join(reasons)
             reasons.append(f"{source}: {reason}" if forced is None else reason)
         return "torch", self.reference, "; ".join(reasons)
 
-    def _cannot_serve(self, source: str, *args: Any, **kwargs: Any) -> str | None:
+    def _cannot_serve(self, source: str, first: Tensor, *args: Any, **kwargs: Any) -> str | None:
         if source == "package":
-            return _dtype_of("the first argument", args[0]) or conventions.PACKAGES[self.name].limits(*args, **kwargs)
+            return _dtype_of("the first argument", first) or conventions.PACKAGES[self.name].limits(*args, **kwargs)
         return self.limits(*args, **kwargs)
 
     def _kernel(self, source: str) -> Callable:
@@ -488,6 +484,10 @@ class Op:
                 module = _repositories[0] if source == "hub" else _bundle()
                 self.kernels[source] = getattr(module, self.name)
         return self.kernels[source]
+
+
+def _first_tensor(named: dict[str, Any]) -> Tensor:
+    return next(value for value in named.values() if isinstance(value, Tensor))
 
 
 causal_conv1d = Op("causal_conv1d", _causal_conv1d, _conv_limits)
@@ -559,15 +559,15 @@ _repositories: list[ModuleType] = []  # at most one
 _has_triton = importlib.util.find_spec("triton") is not None
 
 
-def _parse(setting: str) -> dict[str, str]:
+def _parse(setting: str, said_by: str = SETTING) -> dict[str, str]:
     """`"torch,rms_norm=triton"` -> the forced source of each op."""
     forced: dict[str, str] = {}
     for part in filter(None, (p.strip() for p in setting.split(","))):
         name, equals, source = part.rpartition("=")
         if equals and name not in OPS:
-            raise KernelError(f"{SETTING} names the op {name!r}; there are {', '.join(OPS)}.")
+            raise KernelError(f"{said_by} names the op {name!r}; there are {', '.join(OPS)}.")
         if source not in (*SOURCES, "auto"):
-            raise KernelError(f"{SETTING} names the source {source!r}; there are auto, {', '.join(SOURCES)}.")
+            raise KernelError(f"{said_by} names the source {source!r}; there are auto, {', '.join(SOURCES)}.")
         for op in (name,) if equals else OPS:
             forced.pop(op, None)
             if source != "auto":
@@ -575,12 +575,21 @@ def _parse(setting: str) -> dict[str, str]:
     return forced
 
 
-_forced = _parse(os.environ.get(SETTING, ""))
+_environment = _parse(os.environ.get(SETTING, ""))
+_contexts: list[
+    Callable[[dict[str, str]], dict[str, str]]
+] = []  # that last, each what it makes of what was forced before
+_forced = _environment
+
+
+def _force() -> None:
+    global _forced
+    _forced = functools.reduce(lambda forced, context: context(forced), _contexts, _environment)
 
 
 @contextlib.contextmanager
 def use_kernels(source: str = "", **by_op: str) -> Iterator[None]:
-    """Force what serves, for every op or for those named, while the context lasts.
+    """Force what serves, for every op or for those named, while the context lasts; in all threads, as autograd has its own.
 
     Args:
         source: `torch`, `triton`, `package`, `hub`, or `auto` for the best; for every op.
@@ -589,15 +598,20 @@ def use_kernels(source: str = "", **by_op: str) -> Iterator[None]:
     Raises:
         KernelError: an unknown op or source; later, where a forced kernel cannot serve a call.
     """
-    global _forced
     setting = ",".join([source, *(f"{name}={wanted}" for name, wanted in by_op.items())])
-    before = _forced
-    # What is not named stays as it was.
-    _forced = _parse(setting) if source else {**_parse(setting), **{k: v for k, v in before.items() if k not in by_op}}
+    wanted = _parse(setting, "`use_kernels`")
+
+    def context(before: dict[str, str]) -> dict[str, str]:
+        # What is not named stays as it was.
+        return wanted if source else {**wanted, **{k: v for k, v in before.items() if k not in by_op}}
+
+    _contexts.append(context)
+    _force()
     try:
         yield
     finally:
-        _forced = before
+        _contexts.remove(context)  # not the last one, where those of several threads end in another order
+        _force()
 
 
 def add_kernel_repository(repository: str | Path, version: int | None = None, trust_remote_code: bool = False) -> None:
@@ -648,6 +662,12 @@ def _no_package(op: str) -> str | None:
         return f"{package.package} is not installed"
     if _forced.get(op) != "package":
         return f"{package.package} serves only where forced: it was not measured against the bundled kernel"
+    if "package" not in OPS[op].kernels:
+        try:
+            OPS[op]._kernel("package")
+        except Exception as error:  # of a broken or another version's package, which may raise anything
+            kernel = f"`{package.attribute}` of {package.module}"
+            return f"{package.package} is installed, but {kernel} cannot be loaded: {type(error).__name__}: {error}"
     return None
 
 
@@ -762,7 +782,7 @@ def report(device: str | torch.device | None = None, dtype: torch.dtype = torch.
             forced = _forced.get(name)
             source, _, reason = op.choose(*_example(name, device, dtype))
             if forced == source:
-                reason = "forced" + (f" by {SETTING}" if SETTING in os.environ else "")
+                reason = "forced" + (f" by {SETTING}" if not _contexts else " by `use_kernels`")
             elif forced is not None:
                 source, reason = "none", f"forced to {forced}: {reason}"
             rows.append((name, source, reason))

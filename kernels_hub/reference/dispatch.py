@@ -1,4 +1,4 @@
-"""What comes before an op: whether its plain function will do, and whether its arguments fit together."""
+"""What comes before an op: whether its plain function will do, whether its arguments fit together, who wants a gradient."""
 
 from __future__ import annotations
 
@@ -17,4 +17,11 @@ def misshapen(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> str | No
     for name, tensor, shape in expected:
         if tensor is not None and tensor.shape != shape:
             return f"`{name}` has shape {tuple(tensor.shape)}, the other arguments ask for {tuple(shape)}"
+    return None
+
+
+def no_gradient(*tensors: Tensor | None) -> str | None:
+    """Of a kernel without a gradient: why it cannot serve where one of these wants one, or None."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "the kernel has no gradient: call it under `torch.no_grad()`"
     return None
