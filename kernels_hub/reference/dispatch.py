@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -25,3 +27,11 @@ def no_gradient(*tensors: Tensor | None) -> str | None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return "the kernel has no gradient: call it under `torch.no_grad()`"
     return None
+
+
+def own_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """For products that an op promises in float32, or in the dtype of its inputs: autocast would take them in 16 bits."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import as_operator, misshapen
+from .dispatch import as_operator, misshapen, own_precision
 
 # Numbers in the largest temporary. On a CPU it should stay in the second-level cache of two cores; a GPU wants width.
 _DECAY_BUDGET = {"cpu": 1 << 18, "cuda": 1 << 26}
@@ -306,7 +306,8 @@ def _scan_backward_op(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _backward(grad_y, grad_final, x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
+    with own_precision(x):
+        return _backward(grad_y, grad_final, x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
 
 
 @_scan_backward_op.register_fake
@@ -390,4 +391,5 @@ def ssd_chunk_scan(
         misfit = f"`chunk_size` is {chunk_size}, it has to be 1 at least"
     if misfit is not None:
         raise ValueError(f"{misfit}.")
-    return (_scan_op if as_operator() else _forward)(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
+    with own_precision(x):
+        return (_scan_op if as_operator() else _forward)(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)

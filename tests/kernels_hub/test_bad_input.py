@@ -310,6 +310,28 @@ def test_what_does_not_fit_is_named(op, build, words):
         assert words in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "op, build",
+    [
+        ("ssd_chunk_scan", lambda: scan_inputs(length=9)),
+        ("router_logits", lambda: (normal(3, 16).float(), normal(8, 16).float())),
+        ("linear_cross_entropy", lambda: (normal(3, 16).float(), normal(8, 16).float(), torch.tensor([1, 2, 3], device=DEVICE))),
+    ],
+)  # fmt: skip
+def test_autocast_leaves_the_reference_its_precision(op, build):
+    torch.manual_seed(0)
+    args = build()
+    args[0].requires_grad_()
+    results = []
+    for enabled in (False, True):
+        with use_kernels("torch"), torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            out = getattr(registry, op)(*args)
+            out = out[0] if isinstance(out, tuple) else out
+            results.append([out.detach(), *torch.autograd.grad(out.sum(), args[0])])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_gradient_of_any_input_is_seen():
     for op, args, which in (
         ("small_batch_linear", (normal(3, 16), normal(8, 16), normal(8)), 2),
