@@ -71,7 +71,13 @@ def kernels(arguments: argparse.Namespace) -> None:
 
     from .kernels_hub import registry
 
-    print(registry.report(arguments.device, getattr(torch, arguments.dtype)))
+    try:
+        device = None if arguments.device is None else torch.device(arguments.device)
+    except RuntimeError as error:
+        raise SystemExit(f"nemotron-super kernels: --device {arguments.device}: {error}") from error
+    if device is not None and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SystemExit(f"nemotron-super kernels: --device {device}: torch sees {torch.cuda.device_count()} GPUs.")
+    print(registry.report(device, getattr(torch, arguments.dtype)))
 
 
 def parser() -> argparse.ArgumentParser:

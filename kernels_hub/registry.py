@@ -34,13 +34,16 @@ from . import conventions
 from .reference.add_rms_norm import add_rms_norm as _add_rms_norm
 from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
 from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
+from .reference.causal_conv1d import conv_misfit
 from .reference.decode_attention import decode_attention as _decode_attention
+from .reference.dispatch import no_gradient
 from .reference.fill_slots import fill_slots as _fill_slots
 from .reference.keep_drafts import keep_drafts as _keep_drafts
 from .reference.likeliest import likeliest as _likeliest
 from .reference.linear import joint_linear as _joint_linear
 from .reference.linear import small_batch_linear as _small_batch_linear
 from .reference.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
+from .reference.moe_experts import experts_misfit, pairs_misfit
 from .reference.moe_experts import moe_experts as _moe_experts
 from .reference.quantized_experts import fp8_experts as _fp8_experts
 from .reference.quantized_experts import nvfp4_experts as _nvfp4_experts
@@ -52,6 +55,7 @@ from .reference.replay import selective_state_replay as _selective_state_replay
 from .reference.rms_norm import gated_rms_norm as _gated_rms_norm
 from .reference.rms_norm import rms_norm as _rms_norm
 from .reference.selective_state_update import selective_state_update as _selective_state_update
+from .reference.ssd_chunk_scan import scan_misfit
 from .reference.ssd_chunk_scan import ssd_chunk_scan as _ssd_chunk_scan
 from .reference.stochastic_round import STOCHASTIC
 from .reference.time_step import step_and_decay as _step_and_decay
@@ -105,13 +109,11 @@ def _conv_limits(
 ) -> str | None:
     if x.shape[0] > 65535:
         return f"`x` has {x.shape[0]} rows, a launch takes 65535"
-    return _dtype_of("x", x)
+    return conv_misfit(x, weight, bias, state, seq_idx) or _dtype_of("x", x)
 
 
 def _conv_update_limits(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return "the one-token kernel has no gradient: call it under `torch.no_grad()`"
-    return _dtype_of("x", x) or _dense_tail("state", state, 2)
+    return no_gradient(state, x, weight, bias) or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
 def _scan_limits(
@@ -137,25 +139,31 @@ def _scan_limits(
         return f"`x` is {x.dtype}, the compiled kernel serves torch.bfloat16"
     if B.dtype != x.dtype or C.dtype != x.dtype:
         return f"`x`, `B` and `C` are {x.dtype}, {B.dtype} and {C.dtype}: the kernel wants one dtype"
-    return _dtype_of("x", x)
+    return scan_misfit(x, dt, A, B, C, D, initial_state, seq_idx) or _dtype_of("x", x)
 
 
 def _step_limits(dt: Tensor, dt_bias: Tensor, A_log: Tensor, *time_step: Any, **named: Any) -> str | None:
-    if torch.is_grad_enabled() and (dt.requires_grad or dt_bias.requires_grad or A_log.requires_grad):
-        return "the kernel has no gradient: call it under `torch.no_grad()`"
     if not 0 < dt.shape[0] < 65536:
         return f"`dt` has {dt.shape[0]} rows, a launch takes 1 to 65535"
-    return _dtype_of("dt", dt)
+    return no_gradient(dt, dt_bias, A_log) or _dtype_of("dt", dt)
 
 
 def _state_update_limits(
-    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *time_step: Any, **named: Any
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor | None = None,
+    *time_step: Any,
+    **named: Any,
 ) -> str | None:
-    if torch.is_grad_enabled() and (x.requires_grad or dt.requires_grad or A.requires_grad):
-        return "the one-token kernel has no gradient: call it under `torch.no_grad()`"
     if state.dtype in STOCHASTIC:
         return f"`state` is {state.dtype}, which has to be rounded stochastically; the kernel rounds to nearest"
-    return _dtype_of("x", x) or _dense_tail("state", state, 2)
+    gradient = no_gradient(state, x, dt, A, B, C, D, dt_bias)
+    return gradient or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
 def _logits_limits(x: Tensor, weight: Tensor) -> str | None:
@@ -210,7 +218,8 @@ def _experts_limits(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down:
         return f"{up.shape[0]} experts, the kernel serves up to 32767"
     if x.dtype == torch.bfloat16 and (x.shape[1] % 8 or up.shape[1] % 8):
         return f"width {x.shape[1]} and intermediate {up.shape[1]}: grouped_mm wants multiples of 8"
-    return _dtype_of("x", x) or _dense_tail("up", up, 3) or _dense_tail("down", down, 3)
+    misfit = experts_misfit(x, index, weights, up, down)
+    return misfit or _dtype_of("x", x) or _dense_tail("up", up, 3) or _dense_tail("down", down, 3)
 
 
 def _packed_limits(x: Tensor, *matrices: tuple[Tensor, ...]) -> str | None:
@@ -251,7 +260,7 @@ def _packed_experts_limits(
         return "activations are simulated, which the kernel does not do"
     if up[0].shape[0] > 32767:
         return f"{up[0].shape[0]} experts, the kernel serves up to 32767"
-    return _packed_limits(x, up, down)
+    return pairs_misfit(x, index, weights) or _packed_limits(x, up, down)
 
 
 def _add_norm_limits(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | None:
@@ -269,14 +278,13 @@ def _conv_replay_limits(
     settled: int = 0,
     kept: Tensor | None = None,
 ) -> str | None:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return "the kernel has no gradient: call it under `torch.no_grad()`"
+    gradient = no_gradient(state, x, weight, bias, drafts)
     if drafts is None:
-        return _replayed(0, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+        return gradient or _replayed(0, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
     if drafts.dtype != x.dtype or x.shape[1] > drafts.shape[1]:
         return f"`drafts` is {drafts.dtype} {tuple(drafts.shape)}, it has to take `x`, {x.dtype} {tuple(x.shape)}"
     dense = _dense_tail("state", state, 2) or _dense_tail("drafts", drafts, 1)
-    return _replayed(drafts.shape[1], settled) or _dtype_of("x", x) or dense
+    return gradient or _replayed(drafts.shape[1], settled) or _dtype_of("x", x) or dense
 
 
 def _state_replay_limits(
@@ -288,16 +296,17 @@ def _state_replay_limits(
     C: Tensor,
     D: Tensor,
     settled: int = 0,
+    kept: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     *time_step: Any,
     **named: Any,
 ) -> str | None:
-    if torch.is_grad_enabled() and (x.requires_grad or dt.requires_grad or A.requires_grad):
-        return "the kernel has no gradient: call it under `torch.no_grad()`"
     if settled and state.dtype in STOCHASTIC:
         return f"`state` is {state.dtype}, which has to be rounded stochastically; the kernel rounds to nearest"
     if x.shape[1] > 96:
         return f"{x.shape[1]} tokens, the kernel replays up to 96"
-    return _replayed(x.shape[1], settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+    gradient = no_gradient(state, x, dt, A, B, C, D, dt_bias)
+    return gradient or _replayed(x.shape[1], settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
 def _replayed(tokens: int, settled: int) -> str | None:
@@ -305,15 +314,13 @@ def _replayed(tokens: int, settled: int) -> str | None:
 
 
 def _small_linear_limits(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *epilogue: Any, **named: Any
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu2: bool = False, plus: tuple[Tensor, ...] = ()
 ) -> str | None:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return "the kernel has no gradient: call it under `torch.no_grad()`"
     if x.numel() > 64 * x.shape[-1]:
         return f"`x` is {tuple(x.shape)}, the kernel serves (..., in) with up to 64 tokens in all"
     if weight.dtype != x.dtype:
         return f"`x` and `weight` are {x.dtype} and {weight.dtype}: the kernel wants one dtype"
-    return _dtype_of("x", x)
+    return no_gradient(x, weight, bias, *plus) or _dtype_of("x", x)
 
 
 def _joint_linear_limits(x: Tensor, weights: Sequence[Tensor]) -> str | None:
@@ -336,8 +343,9 @@ def _decode_attention_limits(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> str | None:
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return "the kernel has no gradient: call it under `torch.no_grad()`"
+    gradient = no_gradient(query, key, value)
+    if gradient is not None:
+        return gradient
     fp8 = key.dtype == torch.float8_e4m3fn
     if value.dtype != key.dtype or (key.dtype != query.dtype and not fp8):
         return f"`query`, `key` and `value` are {query.dtype}, {key.dtype} and {value.dtype}"
@@ -368,8 +376,9 @@ def _fill_slots_limits(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> str | None:
-    if torch.is_grad_enabled() and (new_keys.requires_grad or new_values.requires_grad):
-        return "the kernel has no gradient: call it under `torch.no_grad()`"
+    gradient = no_gradient(keys, values, new_keys, new_values)
+    if gradient is not None:
+        return gradient
     fp8 = k_scale is not None
     if fp8 != (v_scale is not None) or new_values.dtype != new_keys.dtype:
         return "the kernel wants keys and values of one dtype, and scales for both or for none"
@@ -438,9 +447,10 @@ class Op:
             # Whoever kernelized the model has chosen this one: it speaks the convention of the name it was chosen by.
             return getattr(conventions, self.name)(hub, *args, **kwargs)
         # Without these lines first, a decoded token would pay for choices that have one outcome.
-        if forced == "torch" or (forced is None and not args[0].is_cuda):
+        first = args[0] if args else _first_tensor(kwargs)
+        if forced == "torch" or (forced is None and not first.is_cuda):
             return self.reference(*args, **kwargs)
-        if forced is None and _bundled_alone(args[0].device) and self.limits(*args, **kwargs) is None:
+        if forced is None and _bundled_alone(first.device) and self.limits(*args, **kwargs) is None:
             return self._kernel("triton")(*args, **kwargs)
         source, kernel, reason = self.choose(*args, **kwargs)
         if forced is not None and source != forced:
@@ -450,18 +460,19 @@ class Op:
     def choose(self, *args: Any, **kwargs: Any) -> tuple[str, Callable, str]:
         """What serves these arguments: source, function, and why nothing better does (empty if nothing is)."""
         forced = _forced.get(self.name)
+        first = args[0] if args else _first_tensor(kwargs)
         reasons: list[str] = []
         for source in ("hub", "package", "triton") if forced is None else (forced,):
-            reason = _cannot_load(source, self.name) or _cannot_run(args[0].device, forced is not None)
-            reason = reason or self._cannot_serve(source, *args, **kwargs)
+            reason = _cannot_load(source, self.name) or _cannot_run(first.device, forced is not None)
+            reason = reason or self._cannot_serve(source, first, *args, **kwargs)
             if reason is None:
                 return source, self._kernel(source), "; ".join(reasons)
             reasons.append(f"{source}: {reason}" if forced is None else reason)
         return "torch", self.reference, "; ".join(reasons)
 
-    def _cannot_serve(self, source: str, *args: Any, **kwargs: Any) -> str | None:
+    def _cannot_serve(self, source: str, first: Tensor, *args: Any, **kwargs: Any) -> str | None:
         if source == "package":
-            return _dtype_of("the first argument", args[0]) or conventions.PACKAGES[self.name].limits(*args, **kwargs)
+            return _dtype_of("the first argument", first) or conventions.PACKAGES[self.name].limits(*args, **kwargs)
         return self.limits(*args, **kwargs)
 
     def _kernel(self, source: str) -> Callable:
@@ -473,6 +484,10 @@ class Op:
                 module = _repositories[0] if source == "hub" else _bundle()
                 self.kernels[source] = getattr(module, self.name)
         return self.kernels[source]
+
+
+def _first_tensor(named: dict[str, Any]) -> Tensor:
+    return next(value for value in named.values() if isinstance(value, Tensor))
 
 
 causal_conv1d = Op("causal_conv1d", _causal_conv1d, _conv_limits)
@@ -544,15 +559,15 @@ _repositories: list[ModuleType] = []  # at most one
 _has_triton = importlib.util.find_spec("triton") is not None
 
 
-def _parse(setting: str) -> dict[str, str]:
+def _parse(setting: str, said_by: str = SETTING) -> dict[str, str]:
     """`"torch,rms_norm=triton"` -> the forced source of each op."""
     forced: dict[str, str] = {}
     for part in filter(None, (p.strip() for p in setting.split(","))):
         name, equals, source = part.rpartition("=")
         if equals and name not in OPS:
-            raise KernelError(f"{SETTING} names the op {name!r}; there are {', '.join(OPS)}.")
+            raise KernelError(f"{said_by} names the op {name!r}; there are {', '.join(OPS)}.")
         if source not in (*SOURCES, "auto"):
-            raise KernelError(f"{SETTING} names the source {source!r}; there are auto, {', '.join(SOURCES)}.")
+            raise KernelError(f"{said_by} names the source {source!r}; there are auto, {', '.join(SOURCES)}.")
         for op in (name,) if equals else OPS:
             forced.pop(op, None)
             if source != "auto":
@@ -560,12 +575,21 @@ def _parse(setting: str) -> dict[str, str]:
     return forced
 
 
-_forced = _parse(os.environ.get(SETTING, ""))
+_environment = _parse(os.environ.get(SETTING, ""))
+_contexts: list[
+    Callable[[dict[str, str]], dict[str, str]]
+] = []  # that last, each what it makes of what was forced before
+_forced = _environment
+
+
+def _force() -> None:
+    global _forced
+    _forced = functools.reduce(lambda forced, context: context(forced), _contexts, _environment)
 
 
 @contextlib.contextmanager
 def use_kernels(source: str = "", **by_op: str) -> Iterator[None]:
-    """Force what serves, for every op or for those named, while the context lasts.
+    """Force what serves, for every op or for those named, while the context lasts; in all threads, as autograd has its own.
 
     Args:
         source: `torch`, `triton`, `package`, `hub`, or `auto` for the best; for every op.
@@ -574,15 +598,20 @@ def use_kernels(source: str = "", **by_op: str) -> Iterator[None]:
     Raises:
         KernelError: an unknown op or source; later, where a forced kernel cannot serve a call.
     """
-    global _forced
     setting = ",".join([source, *(f"{name}={wanted}" for name, wanted in by_op.items())])
-    before = _forced
-    # What is not named stays as it was.
-    _forced = _parse(setting) if source else {**_parse(setting), **{k: v for k, v in before.items() if k not in by_op}}
+    wanted = _parse(setting, "`use_kernels`")
+
+    def context(before: dict[str, str]) -> dict[str, str]:
+        # What is not named stays as it was.
+        return wanted if source else {**wanted, **{k: v for k, v in before.items() if k not in by_op}}
+
+    _contexts.append(context)
+    _force()
     try:
         yield
     finally:
-        _forced = before
+        _contexts.remove(context)  # not the last one, where those of several threads end in another order
+        _force()
 
 
 def add_kernel_repository(repository: str | Path, version: int | None = None, trust_remote_code: bool = False) -> None:
@@ -633,6 +662,12 @@ def _no_package(op: str) -> str | None:
         return f"{package.package} is not installed"
     if _forced.get(op) != "package":
         return f"{package.package} serves only where forced: it was not measured against the bundled kernel"
+    if "package" not in OPS[op].kernels:
+        try:
+            OPS[op]._kernel("package")
+        except Exception as error:  # of a broken or another version's package, which may raise anything
+            kernel = f"`{package.attribute}` of {package.module}"
+            return f"{package.package} is installed, but {kernel} cannot be loaded: {type(error).__name__}: {error}"
     return None
 
 
@@ -747,7 +782,7 @@ def report(device: str | torch.device | None = None, dtype: torch.dtype = torch.
             forced = _forced.get(name)
             source, _, reason = op.choose(*_example(name, device, dtype))
             if forced == source:
-                reason = "forced" + (f" by {SETTING}" if SETTING in os.environ else "")
+                reason = "forced" + (f" by {SETTING}" if not _contexts else " by `use_kernels`")
             elif forced is not None:
                 source, reason = "none", f"forced to {forced}: {reason}"
             rows.append((name, source, reason))

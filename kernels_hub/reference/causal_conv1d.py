@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import as_operator
+from .dispatch import as_operator, misshapen
 
 # Positions per pass of the backward; its temporaries then stay in cache whatever the length.
 _BLOCK = 256
@@ -27,7 +27,11 @@ def _with_past(x: Tensor, kernel: int, state: Tensor | None, seq_idx: Tensor | N
     """
     work = torch.promote_types(x.dtype, torch.float32)
     past = x.new_zeros(x.shape[0], kernel - 1, x.shape[2], dtype=work) if state is None else state[..., 1:].to(work).mT
-    ids = None if seq_idx is None else torch.cat([seq_idx[:, :1].expand(-1, kernel - 1), seq_idx], dim=1)
+    ids = (
+        None
+        if seq_idx is None or not x.shape[1]
+        else torch.cat([seq_idx[:, :1].expand(-1, kernel - 1), seq_idx], dim=1)
+    )
     return torch.cat([past, x.to(work)], dim=1), ids
 
 
@@ -52,7 +56,9 @@ def _convolve(padded: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor |
         out += bias
     for tap in range(kernel):
         inputs = padded[:, tap : tap + length]
-        out.addcmul_(inputs if ids is None else inputs * _same_document(ids, tap, kernel), weight[:, tap])
+        # Not by a product with the mask: what is not a number in one document would reach the next.
+        inputs = inputs if ids is None else inputs.masked_fill(~_same_document(ids, tap, kernel), 0)
+        out.addcmul_(inputs, weight[:, tap])
     return out
 
 
@@ -89,7 +95,7 @@ def _conv_backward_op(
         g = torch.ops.aten.silu_backward(grad[:, start:end].to(padded.dtype), before_silu)
         grad_bias += g.sum((0, 1))
         for tap in range(kernel):
-            seen = g if window_ids is None else g * _same_document(window_ids, tap, kernel)
+            seen = g if window_ids is None else g.masked_fill(~_same_document(window_ids, tap, kernel), 0)
             grad_padded[:, start + tap : end + tap].addcmul_(seen, taps[tap])
             grad_taps[tap] += (seen * window[:, tap : tap + end - start]).sum((0, 1))
     # The oldest column of the state is never read.
@@ -131,6 +137,18 @@ def _autograd(ctx, grad):
 _conv_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def conv_misfit(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: Tensor | None
+) -> str | None:
+    """Which argument of `causal_conv1d` has not the shape that the others ask for, or None."""
+    return misshapen(
+        ("weight", weight, (x.shape[2], *weight.shape[1:])),
+        ("bias", bias, x.shape[2:]),
+        ("state", state, (x.shape[0], *weight.shape)),
+        ("seq_idx", seq_idx, x.shape[:2]),
+    )
+
+
 def causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None, seq_idx: Tensor | None = None
 ) -> Tensor:
@@ -145,7 +163,13 @@ def causal_conv1d(
 
     Returns:
         (batch, seq, channels) in the dtype of x.
+
+    Raises:
+        ValueError: shapes that do not fit together.
     """
+    misfit = conv_misfit(x, weight, bias, state, seq_idx)
+    if misfit is not None:
+        raise ValueError(f"{misfit}.")
     return (_conv_op if as_operator() else _conv)(x, weight, bias, state, seq_idx)
 
 

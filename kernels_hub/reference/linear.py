@@ -27,10 +27,16 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def onednn_serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN can be asked directly: float32 on a CPU, nothing that has to see the operation by its own name."""
+    """Whether oneDNN can be asked directly: float32 on a CPU, nothing that has to see the operation by its own name.
+
+    What sees operations: compilers, dispatch modes such as counters of FLOPs, and the transforms of `torch.func`.
+    """
     return (
         _HAS_ONEDNN
         and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and x.shape[-1:] == weight.shape[1:]  # else torch's own product says what does not fit
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and type(x) in _PLAIN
@@ -40,8 +46,13 @@ def onednn_serves(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _bias_fits(bias: Tensor, weight: Tensor) -> bool:
+    """oneDNN reads a bias as so many numbers in a row, whatever its strides say."""
+    return bias.dtype == weight.dtype and bias.shape == weight.shape[:1] and bias.is_contiguous()
+
+
 def rows_times(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b without a gradient, for arguments that `onednn_serves`; x (..., in), weight (out, in) of any strides."""
+    """x W^T + b without a gradient, for arguments that `onednn_serves`; x (..., in), weight (out, in) of any strides, bias dense."""
     if x.numel() == x.shape[-1] and weight.numel() <= _SMALL:
         out = torch.linalg.vecdot(weight, x.view(-1))
         return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
@@ -80,9 +91,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., out) in the dtype of x.
     """
-    if not onednn_serves(x, weight) or x.numel() == 0:
+    if not onednn_serves(x, weight) or x.numel() == 0 or not (bias is None or _bias_fits(bias, weight)):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    learns = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if learns and torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias)
     return rows_times(x, weight, bias)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import own_precision
 from .linear import onednn_serves, rows_times
 
 # Logits held at once: 128 MiB in float32 on a CPU, where a larger block is no faster, 512 MiB in bfloat16 on a GPU.
@@ -150,14 +151,7 @@ def linear_cross_entropy(
         weights = weights.float()
         unit = weights.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
         weights = weights / unit
-    loss, losses, _, _ = _loss_op(
-        hidden,
-        weight,
-        targets,
-        weights,
-        ignore_index,
-        chunk,
-        grad and hidden.requires_grad,
-        grad and weight.requires_grad,
-    )
+    for_hidden, for_weight = grad and hidden.requires_grad, grad and weight.requires_grad
+    with own_precision(hidden):
+        loss, losses, _, _ = _loss_op(hidden, weight, targets, weights, ignore_index, chunk, for_hidden, for_weight)
     return loss if unit is None else loss * unit, losses

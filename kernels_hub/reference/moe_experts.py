@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import as_operator
+from .dispatch import as_operator, misshapen
 
 _FEW = 8  # tokens up to which sorting costs more than it saves on a CPU
 # Numbers in the chosen experts' matrices that may be copied side by side; those of large models stay where they are.
@@ -53,7 +53,7 @@ def _grouped_outer(a: Tensor, b: Tensor, ends: Tensor, like: Tensor) -> Tensor:
 
 def _sorted_pairs(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Order of the flattened (tokens * top_k) pairs by expert, and where each expert's block ends (int32)."""
-    flat = index.reshape(-1)
+    flat = index.reshape(-1).long()
     order = flat.argsort(stable=True)
     counts = torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
     return order, counts.cumsum(0).to(torch.int32)
@@ -85,7 +85,7 @@ def _many_tokens(
     # Back to (tokens, top_k) by gathering, then a float32 sum in a fixed order: deterministic, unlike index_add on a GPU.
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
-    y = y.index_select(0, inverse).view(tokens, top_k, -1)
+    y = y.index_select(0, inverse).view(tokens, top_k, y.shape[1])
     return torch.bmm(weights.unsqueeze(1), y.to(weights.dtype)).squeeze(1).to(x.dtype), hidden
 
 
@@ -122,7 +122,7 @@ def _experts_backward_op(
     grad_x = _grouped(grad_hidden, up.transpose(-2, -1), ends)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
-    grad_x = grad_x.index_select(0, inverse).view(tokens, top_k, -1).sum(1, dtype=weights.dtype).to(x.dtype)
+    grad_x = grad_x.index_select(0, inverse).view(tokens, top_k, x.shape[1]).sum(1, dtype=weights.dtype).to(x.dtype)
     return grad_x, grad_weights.view_as(weights), grad_up, grad_down
 
 
@@ -151,6 +151,19 @@ def _autograd(ctx, grad, _):
 _experts_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def pairs_misfit(x: Tensor, index: Tensor, weights: Tensor) -> str | None:
+    """Whether `index` or `weights` is not of the tokens of `x`, in words."""
+    return misshapen(("index", index, (x.shape[0], *index.shape[1:])), ("weights", weights, index.shape))
+
+
+def experts_misfit(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> str | None:
+    """Which argument of `moe_experts` has not the shape that the others ask for, or None."""
+    experts, inner, width = up.shape
+    return pairs_misfit(x, index, weights) or misshapen(
+        ("up", up, (experts, inner, x.shape[1])), ("down", down, (experts, width, inner))
+    )
+
+
 def moe_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Weighted sum of the chosen experts' outputs.
 
@@ -163,7 +176,13 @@ def moe_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Ten
 
     Returns:
         (tokens, width) in the dtype of x; the sum over experts is taken in float32.
+
+    Raises:
+        ValueError: shapes that do not fit together.
     """
+    misfit = experts_misfit(x, index, weights, up, down)
+    if misfit is not None:
+        raise ValueError(f"{misfit}.")
     if as_operator():
         return _experts_op(x, index, weights, up, down)[0]
     if x.shape[0] <= _FEW and index.numel() * up[0].numel() <= _COPIED and x.device.type == "cpu":

@@ -16,6 +16,11 @@ from .stochastic_round import store_as
 from .time_step import ANY_STEP, decay, time_step
 
 
+def _expect_settled(settled: int, tokens: int) -> None:
+    if not 0 <= settled <= tokens:
+        raise ValueError(f"`settled` is {settled}, there are {tokens} tokens to settle.")
+
+
 def _there(kept: Tensor, settled: int, tokens: int) -> Tensor:
     """(batch, tokens): whether a row has a token."""
     t = torch.arange(tokens, device=kept.device)
@@ -44,8 +49,12 @@ def causal_conv1d_replay(
 
     Returns:
         (batch, settled + tokens, width) in the dtype of x; 0 for tokens that a row has not.
+
+    Raises:
+        ValueError: more tokens settled than there are drafts, or more than none without drafts.
     """
     channels, kernel = weight.shape
+    _expect_settled(settled, 0 if drafts is None else drafts.shape[1])
     inputs = x
     if drafts is not None:
         inputs = torch.cat([drafts[:, :settled], x], dim=1)
@@ -94,7 +103,11 @@ def selective_state_replay(
 
     Returns:
         (batch, tokens - settled, heads, head_dim) in the dtype of x: of the tokens behind those settled.
+
+    Raises:
+        ValueError: more tokens settled than there are.
     """
+    _expect_settled(settled, x.shape[1])
     if dt_bias is not None:
         dt, A = time_step(dt, dt_bias, dt_limit), decay(A)
     tokens = x.shape[1]

@@ -50,7 +50,7 @@ def _norm_backward_op(
     scale = torch.linalg.vector_norm(v, dim=-1, keepdim=True).square_().div_(group_size).add_(eps).rsqrt_()
     grad = grad.to(work).unflatten(-1, (-1, group_size))
     normed = v * scale
-    grad_weight = (grad * normed).flatten(-2).sum(tuple(range(y.dim() - 1)))
+    grad_weight = (grad * normed).reshape(-1, y.shape[-1]).sum(0)
     g = grad * weight.to(work).view(-1, group_size)
     # d v = scale * (g - normed * mean(g * normed))
     along = torch.linalg.vecdot(g, normed).unsqueeze(-1).div_(group_size)

@@ -51,12 +51,12 @@ def selective_state_update(
     groups = B.shape[1]
     rows = heads // groups * head_dim
     work = torch.promote_types(x.dtype, torch.float32)
-    new = state if state.dtype == work else state.to(work)
+    new = state.to(work).contiguous()  # the state itself, wherever it can be
     new.mul_(torch.exp(dt * A).to(work)[:, :, None, None])
     flat = new.view(batch * groups, rows, state_size)
     x_work = x.to(work)
     flat.baddbmm_(
-        (x_work * dt.to(work).unsqueeze(-1)).view(batch * groups, rows, 1),
+        (x_work * dt.to(work).unsqueeze(-1)).reshape(batch * groups, rows, 1),
         B.to(work).reshape(batch * groups, 1, state_size),
     )
     y = torch.linalg.vecdot(flat, C.to(work).reshape(batch * groups, 1, state_size)).view(batch, heads, head_dim)

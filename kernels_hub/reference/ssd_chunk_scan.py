@@ -20,12 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import as_operator
+from .dispatch import as_operator, misshapen, own_precision
 
 # Numbers in the largest temporary. On a CPU it should stay in the second-level cache of two cores; a GPU wants width.
 _DECAY_BUDGET = {"cpu": 1 << 18, "cuda": 1 << 26}
 # The decay matrix costs length x chunk exponentials. On a CPU they outweigh the products above 64.
 _LONGEST_CHUNK = {"cpu": 64}
+# From here down the exponential is zero.
+_ZERO = {torch.float32: -105.0, torch.float64: -750.0}
 
 
 class _Step(NamedTuple):
@@ -53,6 +55,8 @@ def _spans(length: int, chunk: int, per_step: int) -> list[tuple[int, int, int]]
 
 def _plan(x: Tensor, chunk_size: int) -> list[tuple[int, int, int]]:
     batch, length, heads, _ = x.shape
+    if x.numel() == 0:
+        return []
     chunk = min(chunk_size, length, _LONGEST_CHUNK.get(x.device.type, chunk_size))
     budget = _DECAY_BUDGET.get(x.device.type, _DECAY_BUDGET["cuda"])
     return _spans(length, chunk, max(1, budget // (batch * heads * chunk * chunk)))
@@ -81,7 +85,9 @@ def _step(
     dt_c = chunked(dt, groups, per_group)
     u = (chunked(x, groups, per_group, head_dim) * dt_c.unsqueeze(-1)).permute(0, 1, 3, 4, 2, 5).contiguous()
     B_c = chunked(B, groups, state_size).permute(0, 1, 3, 2, 4).contiguous()
-    log_decay = (dt_c * A.to(work).view(groups, per_group)).permute(0, 1, 3, 4, 2).cumsum(-1)
+    # A sum that has passed a much smaller number has lost what comes behind it; what decays to zero may as well do so once.
+    log_decay = (dt_c * A.to(work).view(groups, per_group)).clamp_(min=_ZERO[work])
+    log_decay = log_decay.permute(0, 1, 3, 4, 2).cumsum(-1)
 
     from_start = log_decay.exp()
     to_end = (log_decay[..., -1:] - log_decay).exp_()
@@ -173,7 +179,7 @@ def _forward(
         out = _inner_output(step, (step.C @ step.B.transpose(-1, -2)).unsqueeze(3))
         out += _state_output(step, incoming)
         y[:, span[0] : span[1]] = _to_sequence(out) + D.to(work)[:, None] * x[:, span[0] : span[1]]
-    return y, state.reshape(batch, heads, head_dim, -1).clone()
+    return y, state.reshape(batch, heads, head_dim, B.shape[3]).clone()
 
 
 def _backward(
@@ -300,7 +306,8 @@ def _scan_backward_op(
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _backward(grad_y, grad_final, x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
+    with own_precision(x):
+        return _backward(grad_y, grad_final, x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
 
 
 @_scan_backward_op.register_fake
@@ -322,6 +329,31 @@ def _autograd(ctx, grad_y, grad_final):
 
 
 _scan_op.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def scan_misfit(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> str | None:
+    """Which argument of `ssd_chunk_scan` has not the shape that the others ask for, or None."""
+    batch, length, heads, head_dim = x.shape
+    if heads % B.shape[2]:
+        return f"`x` has {heads} heads, which are not divisible by the {B.shape[2]} groups of `B`"
+    return misshapen(
+        ("dt", dt, (batch, length, heads)),
+        ("A", A, (heads,)),
+        ("B", B, (batch, length, *B.shape[2:])),
+        ("C", C, B.shape),
+        ("D", D, (heads,)),
+        ("initial_state", initial_state, (batch, heads, head_dim, B.shape[3])),
+        ("seq_idx", seq_idx, (batch, length)),
+    )
 
 
 def ssd_chunk_scan(
@@ -350,5 +382,14 @@ def ssd_chunk_scan(
     Returns:
         y (batch, seq, heads, head_dim) in the dtype of x, and the state after the last position,
         (batch, heads, head_dim, state_size), float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: shapes that do not fit together; a chunk without positions.
     """
-    return (_scan_op if as_operator() else _forward)(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
+    misfit = scan_misfit(x, dt, A, B, C, D, initial_state, seq_idx)
+    if misfit is None and chunk_size < 1:
+        misfit = f"`chunk_size` is {chunk_size}, it has to be 1 at least"
+    if misfit is not None:
+        raise ValueError(f"{misfit}.")
+    with own_precision(x):
+        return (_scan_op if as_operator() else _forward)(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)

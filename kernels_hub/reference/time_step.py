@@ -12,15 +12,19 @@ from torch import Tensor
 ANY_STEP = (0.0, float("inf"))
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def time_step(dt: Tensor, dt_bias: Tensor, dt_limit: tuple[float, float] = ANY_STEP) -> Tensor:
     """(..., heads) of any dtype and (heads,) -> (..., heads) in float32 or, from float64, in float64."""
-    step = F.softplus(dt + dt_bias.float())  # a sum in float32, whatever dt comes in
+    step = F.softplus(dt + _wide(dt_bias))  # a sum in float32 at least, whatever dt comes in
     return step if tuple(dt_limit) == ANY_STEP else step.clamp(*dt_limit)
 
 
 def decay(A_log: Tensor) -> Tensor:
-    """(heads,) -> (heads,), negative, float32."""
-    return -torch.exp(A_log.float())
+    """(heads,) -> (heads,), negative, in float32 or, from float64, in float64."""
+    return -torch.exp(_wide(A_log))
 
 
 def step_and_decay(

@@ -10,12 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .dispatch import own_precision
 from .linear import linear
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """x (tokens, hidden) times weight (experts, hidden), transposed, in float32: (tokens, experts)."""
-    return linear(x.float(), weight.float())
+    with own_precision(x):
+        return linear(x.float(), weight.float())
 
 
 def topk_routing(

@@ -251,6 +251,101 @@ def test_tensors_that_begin_anywhere():
             torch.testing.assert_close(found, expected, msg=op)
 
 
+# Vectors that may well be a column of something.
+@pytest.mark.parametrize(
+    "op, build, which",
+    [
+        ("rms_norm", lambda: (normal(3, 16), normal(16), 1e-5), 1),
+        ("gated_rms_norm", lambda: (normal(3, 16), normal(3, 16), normal(16), 1e-5, 8), 2),
+        ("add_rms_norm", lambda: (normal(3, 16), normal(3, 16), normal(16), 1e-5), 2),
+        ("causal_conv1d", lambda: (normal(2, 5, 16), normal(16, TAPS), normal(16)), 2),
+        ("causal_conv1d_update", lambda: (normal(2, 16, TAPS), normal(2, 16), normal(16, TAPS), normal(16)), 3),
+        ("causal_conv1d_replay", lambda: (normal(1, 16, TAPS), normal(1, 3, 18), normal(16, TAPS), normal(16)), 3),
+        ("small_batch_linear", lambda: (normal(3, 16), normal(8, 16), normal(8)), 2),
+    ],
+)
+def test_weights_and_biases_with_gaps(op, build, which):
+    """Forward and, where there is one, backward."""
+    torch.manual_seed(0)
+    results, args = [], build()
+    grad = op in ("rms_norm", "gated_rms_norm", "add_rms_norm", "causal_conv1d")
+    for gaps in (False, True):
+        leaves = [a.clone() if torch.is_tensor(a) else a for a in args]
+        if gaps:
+            wide = torch.full((len(args[which]), 2), torch.nan, dtype=DTYPE, device=DEVICE)
+            wide[:, 1] = args[which]
+            leaves[which] = wide[:, 1]
+        x = leaves[0].requires_grad_(grad)
+        with torch.set_grad_enabled(grad), use_kernels("triton"):
+            out = getattr(registry, op)(*leaves)
+        out = out[0] if isinstance(out, tuple) else out
+        results.append([out, *(torch.autograd.grad(out.sum(), x) if grad else ())])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "op, build, words",
+    [
+        ("ssd_chunk_scan", lambda: (*scan_inputs()[:5], normal(1).float()), "`D` has shape (1,)"),
+        ("ssd_chunk_scan", lambda: (*scan_inputs(), 64, normal(1, 3, N, P + 1).float()), "`initial_state` has shape"),
+        ("ssd_chunk_scan", lambda: (*scan_inputs(batch=2), 64, None, torch.zeros(1, 3, device=DEVICE)), "`seq_idx` has"),
+        ("ssd_chunk_scan", lambda: scan_inputs(heads=4), "4 heads, which are not divisible by the 3 groups"),
+        ("causal_conv1d", lambda: (normal(2, 5, 16), normal(16, TAPS), normal(1)), "`bias` has shape (1,)"),
+        ("causal_conv1d", lambda: (normal(2, 5, 16), normal(1, TAPS)), "`weight` has shape (1, 4)"),
+        ("causal_conv1d", lambda: (normal(2, 5, 16), normal(16, TAPS), None, normal(2, 16, 5)), "`state` has shape"),
+        ("moe_experts", lambda: (normal(5, 16), *expert_inputs()[1:]), "`index` has shape (3, 2)"),
+        ("moe_experts", lambda: (*expert_inputs()[:4], normal(3, 16, 8)), "`down` has shape (3, 16, 8)"),
+        ("fp8_experts", lambda: (normal(5, 16), *expert_inputs()[1:3], packed("fp8", 4, 8, 16), packed("fp8", 4, 16, 8)), "`index` has"),
+        ("causal_conv1d_replay", lambda: conv_replay_inputs(4), "`settled` is 4"),
+        ("causal_conv1d_replay", lambda: (*conv_replay_inputs()[:3], None, None, 1), "`settled` is 1"),
+        ("selective_state_replay", lambda: (*replay_inputs()[:-1], -1), "`settled` is -1"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(op, build, words):
+    """The reference refuses what a kernel leaves to it."""
+    for source, error in (("torch", ValueError), ("triton", KernelError)):
+        with torch.no_grad(), use_kernels(source), pytest.raises(error) as raised:
+            getattr(registry, op)(*build())
+        assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "op, build",
+    [
+        ("ssd_chunk_scan", lambda: scan_inputs(length=9)),
+        ("router_logits", lambda: (normal(3, 16).float(), normal(8, 16).float())),
+        ("linear_cross_entropy", lambda: (normal(3, 16).float(), normal(8, 16).float(), torch.tensor([1, 2, 3], device=DEVICE))),
+    ],
+)  # fmt: skip
+def test_autocast_leaves_the_reference_its_precision(op, build):
+    torch.manual_seed(0)
+    args = build()
+    args[0].requires_grad_()
+    results = []
+    for enabled in (False, True):
+        with use_kernels("torch"), torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            out = getattr(registry, op)(*args)
+            out = out[0] if isinstance(out, tuple) else out
+            results.append([out.detach(), *torch.autograd.grad(out.sum(), args[0])])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_gradient_of_any_input_is_seen():
+    for op, args, which in (
+        ("small_batch_linear", (normal(3, 16), normal(8, 16), normal(8)), 2),
+        ("small_batch_linear", (normal(3, 16), normal(8, 16), None, False, [normal(3, 8)]), 4),
+        ("causal_conv1d_update", (normal(2, 16, TAPS), normal(2, 16), normal(16, TAPS), normal(16)), 3),
+        ("selective_state_update", step_inputs(), 6),
+        ("selective_state_replay", replay_inputs(), 5),
+    ):
+        wanted = args[which]
+        (wanted[0] if isinstance(wanted, list) else wanted).requires_grad_()
+        with use_kernels("triton"), pytest.raises(KernelError, match="no gradient"):
+            getattr(registry, op)(*args)
+
+
 @pytest.mark.parametrize("index", [[[1, 2], [1, 2], [1, 2]], [[3, 0], [0, 3], [3, 0]]])
 def test_all_tokens_on_the_same_experts(check, index):
     """The other experts have no token."""

@@ -68,6 +68,26 @@ def test_equals_the_loop(batch, length, channels, kernel, with_bias, with_state,
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_in_its_document(bad):
+    x, weight = torch.randn(1, 9, 6, requires_grad=True), torch.randn(6, 4)
+    ids = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1]])
+    spoilt = x.detach().clone()
+    spoilt[:, 4] = bad
+    spoilt.requires_grad_()
+    found, expected = (causal_conv1d(t, weight, None, None, ids)[:, 5:] for t in (spoilt, x))
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(t.sum(), leaf)[0][:, 5:] for t, leaf in ((found, spoilt), (expected, x))]
+    torch.testing.assert_close(*grads)
+
+
+def test_no_position_at_all():
+    x, ids = torch.randn(2, 0, 6, requires_grad=True), torch.zeros(2, 0, dtype=torch.int64)
+    weight = torch.randn(6, 4, requires_grad=True)
+    out = causal_conv1d(x, weight, None, torch.randn(2, 6, 4), ids)
+    assert out.shape == x.shape and not torch.autograd.grad(out.sum(), weight)[0].any()
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(length=st.integers(1, 9), kernel=st.integers(2, 5), with_bias=st.booleans(), seed=st.integers(0, 2**16))
 def test_token_by_token_equals_the_sequence(length, kernel, with_bias, seed):

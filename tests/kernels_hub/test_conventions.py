@@ -171,6 +171,22 @@ def test_why_not(installed, monkeypatch):
     ):
         with use_kernels(causal_conv1d="package"), pytest.raises(KernelError, match=words):
             registry.causal_conv1d(*args)
+    step = [torch.ones(1, 2, 4), torch.ones(1, 2), -torch.ones(2), *[torch.ones(1, 1, 4)] * 2, torch.ones(2)]
+    for op, args, words in (
+        ("selective_state_update", (torch.ones(1, 2, 4, 4).bfloat16(), *step), "stochastically"),
+        (
+            "selective_state_update",
+            (torch.ones(1, 2, 4, 4), *step[:-1], torch.ones(2).requires_grad_()),
+            "no gradient",
+        ),
+        (
+            "causal_conv1d_update",
+            (torch.ones(1, 8, 4), torch.ones(1, 8).requires_grad_(), torch.ones(8, 4)),
+            "no gradient",
+        ),
+    ):
+        with use_kernels("package"), pytest.raises(KernelError, match=words):
+            getattr(registry, op)(*args)
     with use_kernels(topk_routing="package"), pytest.raises(KernelError, match="no package has a kernel"):
         registry.topk_routing(torch.ones(2, 8), torch.ones(8), 2)
     monkeypatch.setitem(conventions.INSTALLED, "causal_conv1d", False)
@@ -264,6 +280,14 @@ def test_layers_refuse_what_the_kernels_do_not_do(as_on_a_gpu):
         layers.selective_state_update()(state, *step)
     with pytest.raises(ValueError, match="norm_before_gate"):
         layers.mamba_split_conv1d_scan_combined()(x, weight, None, *[torch.ones(2)] * 3, 64)
+    with pytest.raises(ValueError, match="`initial_states` is given"):
+        layers.causal_conv1d_fn()(x, weight, None, "silu", initial_states=torch.ones(1, 4, 2), cu_seq_lens_q=None)
+    scan = [torch.ones(1, 4, 2, 4), torch.ones(1, 4, 2), -torch.ones(2), *[torch.ones(1, 4, 1, 4)] * 2, 64]
+    for name in ("z", "cu_seqlens"):
+        with pytest.raises(ValueError, match=f"`{name}` is given"):
+            layers.mamba_chunk_scan_combined()(*scan, **{name: torch.ones(1)})
+    with pytest.raises(ValueError, match="`state_batch_indices` is given"):
+        layers.selective_state_update()(state, *step, state_batch_indices=torch.ones(1))
 
 
 def test_the_opt_in_of_transformers(tmp_path, make_model):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from nemotron_super.kernels_hub.reference import linear as module
 from nemotron_super.kernels_hub.reference.linear import linear, onednn_serves
 from nemotron_super.modeling.linear import NemotronHLinear
+from torch.utils.flop_counter import FlopCounterMode
 
 onednn = pytest.mark.skipif(not module._HAS_ONEDNN, reason="this build of torch has no oneDNN for x86")
 
@@ -46,6 +47,37 @@ def test_value_and_gradients(rows, width, out, with_bias, large, seed):
     assert found.shape == inferred.shape == exact.shape and found.dtype == torch.float32
     for a, b in zip((found, inferred, *grads), (exact, exact, *truths), strict=True):
         assert (a.double() - b).norm() <= 1e-6 * b.norm() + 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_bias_with_gaps(rows):
+    x, weight, bias = tensors([rows], 16, 8, True)
+    apart = torch.zeros(8, 2)
+    apart[:, 0] = bias
+    torch.testing.assert_close(linear(x, weight, apart[:, 0]), F.linear(x, weight, bias))
+    torch.testing.assert_close(linear(x, weight, bias[:1].expand(8)), F.linear(x, weight, bias[:1].repeat(8)))
+
+
+def test_a_bias_that_alone_has_a_gradient():
+    x, weight, bias = tensors([3], 16, 8, True)
+    (grad,) = torch.autograd.grad(linear(x, weight, bias.requires_grad_()).sum(), bias)
+    assert torch.equal(grad, torch.full((8,), 3.0))
+
+
+@pytest.mark.parametrize("x, weight", [((1, 16), (8, 1)), ((1, 1), (8, 16)), ((3, 16), (8, 15))])
+def test_widths_that_differ(x, weight):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.ones(x), torch.ones(weight))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_counters_and_transforms_see_the_product(grad):
+    x, weight, _ = tensors([3], 16, 8, False)
+    with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+        linear(x, weight.clone().requires_grad_(grad))
+    assert counter.get_total_flops() == 2 * 3 * 16 * 8
+    found = torch.func.grad(lambda w: linear(x, w).sum())(weight)
+    torch.testing.assert_close(found, x.sum(0).expand(8, -1))
 
 
 @onednn

@@ -65,6 +65,13 @@ def test_equals_the_loop(tokens, experts, data, width, intermediate, routing, se
     assert not grads[2][unused].any() and not grads[3][unused].any()
 
 
+def test_no_tokens_with_a_gradient():
+    x, index, weights, up, down = make_inputs(1, 2, 4, 6, 3)
+    x = x.detach()[:0].requires_grad_()
+    grads = torch.autograd.grad(moe_experts(x, index[:0], weights[:0], up, down).sum(), [x, up, down])
+    assert grads[0].shape == (0, 6) and not any(g.any() for g in grads[1:])
+
+
 def test_inputs_are_left_alone():
     inputs = make_inputs(9, 2, 4, 5, 6, dtype=torch.float32, grad=False)
     before = [t.clone() for t in inputs]

@@ -93,6 +93,44 @@ def test_a_context_gives_back_after_an_error():
     assert registry._forced == {}
 
 
+def test_contexts_that_end_in_another_order():
+    """As those of two threads may."""
+    first, second = use_kernels("torch"), use_kernels(rms_norm="triton")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert registry._forced == {"rms_norm": "triton"}
+    second.__exit__(None, None, None)
+    assert registry._forced == {}
+
+
+def test_arguments_may_all_be_named():
+    x, weight, eps = norm_inputs()
+    assert torch.equal(registry.rms_norm(weight=weight, x=x, eps=eps), registry.rms_norm(x, weight, eps))
+    assert registry.rms_norm.choose(x=x, weight=weight, eps=eps)[0] == "torch"
+
+
+@interpreted
+@pytest.mark.parametrize("broken", [False, True])
+def test_an_installed_package_that_cannot_be_loaded(broken, tmp_path, monkeypatch):
+    """As where it was compiled for another torch, or is of a version without this kernel."""
+    folder = tmp_path / "mamba_ssm" / "ops" / "triton"
+    folder.mkdir(parents=True)
+    (folder / "layernorm_gated.py").write_text("raise OSError('undefined symbol')" if broken else "")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(registry.conventions.INSTALLED, "mamba_ssm", True)
+    x, weight, eps = norm_inputs()
+    with use_kernels(gated_rms_norm="package"):
+        with pytest.raises(KernelError) as error:
+            registry.gated_rms_norm(x, x, weight, eps, 4)
+        words = ["mamba_ssm is installed", "`rmsnorm_fn`", "undefined symbol" if broken else "has no attribute"]
+        assert all(word in str(error.value) for word in words)
+        (line,) = [line for line in registry.report("cpu").splitlines() if line.startswith("gated_rms_norm")]
+        assert line.split()[1] == "none" and words[2] in line
+    for name in [name for name in sys.modules if name.split(".")[0] == "mamba_ssm"]:
+        del sys.modules[name]
+
+
 @interpreted
 @pytest.mark.parametrize(
     "op, args, words",
@@ -156,6 +194,17 @@ def test_unknown_names(setting, words):
     assert all(word in str(error.value) for word in [*words, registry.SETTING])
 
 
+def test_unknown_names_of_a_context():
+    with pytest.raises(KernelError, match="`use_kernels` names the op 'rms'"), use_kernels(rms="torch"):
+        pass
+
+
+@pytest.mark.parametrize("device, words", [("nowhere", "device type"), ("cuda:99", "torch sees")])
+def test_a_device_that_is_not_there(device, words):
+    with pytest.raises(SystemExit, match=words):
+        cli.main(["kernels", "--device", device])
+
+
 def test_setting():
     assert registry._parse("") == registry._parse("auto") == {}
     forced = registry._parse(" torch, rms_norm=triton, moe_experts=auto")
@@ -178,7 +227,7 @@ def test_report_and_command(capsys):
     assert lines[-1].split()[:2] == ["attention", "transformers"] and "flash_attn is not installed" in lines[-1]
     assert all(any(f"package: {p.package} is not installed" in line for line in lines) for p in PACKAGES.values())
     with use_kernels("torch"):
-        assert registry.report("cpu").count("forced") == len(registry.OPS)
+        assert registry.report("cpu").count("forced by `use_kernels`") == len(registry.OPS)
     with use_kernels(rms_norm="hub"):
         assert "none" in registry.report("cpu") and "no kernel repository was added" in registry.report("cpu")
 

@@ -61,6 +61,12 @@ def test_inputs_are_left_alone():
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
+def test_a_single_row_has_no_dimension_to_spare():
+    y, z, weight = make_inputs((), 8)
+    assert torch.autograd.gradcheck(lambda y, weight: rms_norm(y, weight, 1e-5), (y, weight))
+    assert torch.autograd.gradcheck(lambda *args: gated_rms_norm(*args, 1e-5, 4), (y, z, weight))
+
+
 def test_rows_of_zeros():
     y, z, weight = (t.detach().mul(0).requires_grad_() for t in make_inputs((2,), 6))
     out = gated_rms_norm(y, z, weight, 1e-5, 3)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nemotron_super.kernels_hub.reference.selective_state_update import selective_state_update
 from nemotron_super.kernels_hub.reference.ssd_chunk_scan import ssd_chunk_scan
+from nemotron_super.kernels_hub.reference.time_step import step_and_decay
 
 
 def formula(state, x, dt, A, B, C, D):
@@ -80,6 +81,15 @@ def test_a_time_step_of_zero_leaves_the_state_as_it_is(state_dtype):
     assert torch.equal(state, before)
 
 
+@pytest.mark.parametrize("apart", [lambda t: t.repeat_interleave(2, 1)[:, ::2], lambda t: t.mT.contiguous().mT])
+def test_a_state_with_gaps(apart):
+    state, x, *rest = make_inputs(2, 2, 2, 3, 4)
+    y, new = formula(state, x, *rest)
+    strided = apart(state)
+    torch.testing.assert_close(selective_state_update(strided, x.mT.contiguous().mT, *rest), y)
+    torch.testing.assert_close(strided, new)
+
+
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes(dtype, state_dtype):
@@ -91,3 +101,8 @@ def test_dtypes(dtype, state_dtype):
     # The output is read before the state is rounded, so only its own dtype limits it.
     assert (y - expected).norm() <= max(torch.finfo(dtype).eps, 1e-6) * expected.norm()
     assert (state - expected_state).norm() <= max(torch.finfo(state_dtype).eps, 1e-6) * expected_state.norm()
+
+
+def test_time_steps_keep_float64():
+    dt, bias, A_log = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((2, 3, 4), (4,), (4,)))
+    assert torch.autograd.gradcheck(step_and_decay, (dt, bias, A_log))

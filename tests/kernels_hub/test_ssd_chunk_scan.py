@@ -95,6 +95,29 @@ def test_equals_the_loop(shape, chunk, budget, with_state, packed):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("batch, length", [(2, 0), (0, 3), (0, 0)])
+def test_nothing_to_scan(batch, length):
+    *inputs, initial = make_inputs(batch, length, 2, 2, 3, 4)
+    y, state = ssd_chunk_scan(*inputs, CHUNK, initial)
+    assert y.shape == (batch, length, 4, 3) and torch.equal(state, initial)
+    *grads, grad_initial = torch.autograd.grad(y.sum() + state.sum(), [*inputs, initial])
+    assert torch.equal(grad_initial, torch.ones_like(state)) and not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("dt, A", [(1e6, -1.0), (1e30, -1.0), (1.0, -1e38), (100.0, -1e38)])
+def test_a_step_that_forgets_everything(dt, A):
+    """In float32 what comes behind it is as exact as ever, and nothing is infinite."""
+    inputs = [t.detach().float() for t in make_inputs(1, 9, 1, 2, 3, 4)[:6]]
+    inputs[1][:, 3:5], inputs[2][:] = dt, A
+    leaves = [[t.to(d).requires_grad_() for t in inputs] for d in (torch.float32, torch.float64)]
+    upstream = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(0))
+    found, exact = ssd_chunk_scan(*leaves[0], CHUNK), loop(*leaves[1])
+    grads = torch.autograd.grad(found[0], leaves[0], upstream)
+    truths = torch.autograd.grad(exact[0], leaves[1], upstream.double())
+    for a, b in zip((*found, *grads), (*exact, *truths), strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+
+
 @pytest.mark.parametrize("output", [0, 1])
 def test_gradient_of_one_output_alone(output):
     *tensors, state = make_inputs(2, 19, 2, 2, 3, 4)

@@ -22,6 +22,13 @@ def _expect_silu(activation: str | None) -> None:
         raise ValueError(f"`activation` is {activation!r}: the convolution kernels apply 'silu'.")
 
 
+def _expect_none(named: dict, *names: str) -> None:
+    """Arguments that models pass on for other layers do no harm; these would change the result."""
+    for name in names:
+        if named.get(name) is not None:
+            raise ValueError(f"`{name}` is given: the kernel does not take it.")
+
+
 def _time_steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     dt = F.softplus(dt) if dt_softplus else dt
@@ -44,6 +51,7 @@ class causal_conv1d_fn(nn.Module):  # noqa: N801
 
     def forward(self, hidden_states, weight, bias=None, activation=None, **kwargs):
         _expect_silu(activation)
+        _expect_none(kwargs, "initial_states")
         x = hidden_states.transpose(1, 2)
         return _conv(x, weight, bias, None, kwargs.get("seq_idx")).transpose(1, 2)
 
@@ -88,6 +96,7 @@ class mamba_chunk_scan_combined(nn.Module):  # noqa: N801
         return_final_states: bool = False,
         **kwargs,
     ):
+        _expect_none(kwargs, "z", "cu_seqlens")
         dt = _time_steps(dt, dt_bias, dt_softplus, dt_limit)
         D = torch.zeros_like(A) if D is None else D
         y, state = _scan(hidden_states, dt, A, B, C, D, chunk_size, initial_states, kwargs.get("seq_idx"))
@@ -114,6 +123,7 @@ class selective_state_update(nn.Module):  # noqa: N801
         z: torch.Tensor | None = None,
         **kwargs,
     ):
+        _expect_none(kwargs, "state_batch_indices")
         for name, value, dims in (("dt", dt, 1), ("A", A, 2), ("D", D, 1), ("dt_bias", dt_bias, 1)):
             if value is not None and any(value.stride(-1 - d) and value.shape[-1 - d] > 1 for d in range(dims)):
                 raise ValueError(f"`{name}` differs inside a head: the kernel takes one number a head, expanded.")

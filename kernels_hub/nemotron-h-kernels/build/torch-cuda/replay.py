@@ -248,7 +248,7 @@ def _conv(
             state,
             x,
             weight,
-            weight if bias is None else bias,
+            weight if bias is None else bias.contiguous(),
             held,
             weight if kept is None else kept.contiguous(),
             out,

@@ -132,7 +132,7 @@ def _norm(y: Tensor, z: Tensor | None, weight: Tensor, eps: float, group_size: i
         _forward_kernel[(flat.shape[0], width // group_size)](
             flat,
             gate,
-            weight,
+            weight.contiguous(),
             out,
             flat.stride(0),
             gate.stride(0),
@@ -173,7 +173,7 @@ def norm_backward(
             flat_grad,
             flat,
             gate,
-            weight,
+            weight.contiguous(),
             grad_y,
             grad_z,
             partial,

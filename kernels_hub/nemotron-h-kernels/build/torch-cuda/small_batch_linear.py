@@ -191,6 +191,7 @@ def few_rows(
     if out.numel() == 0:
         return out
     x, weights = dense(x), _alike(weights)
+    bias = None if bias is None else bias.contiguous()
     cut = _Cut.of(x, weights)
     target = parts_of(out, cut.parts)
     _stream(x, weights, target, cut, bias, relu2, plus)
