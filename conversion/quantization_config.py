@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -228,8 +227,3 @@ def _refuse_surplus(given: Mapping[str, Any], known: set[str], where: str) -> No
     surplus = [key for key in given if key not in known]
     if surplus:
         raise ValueError(f"{where} has keys that are not known here: {', '.join(surplus)}.")
-
-
-def is_scale(tensor: str) -> bool:
-    """Whether a tensor of a checkpoint, by its name, is a scale of some quantisation."""
-    return re.search(r"\.\w*scale(_2|_inv)?$", tensor) is not None

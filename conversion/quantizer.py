@@ -32,9 +32,9 @@ from ..modeling.quantized_layers import (
     WeightFormat,
     expert_tensor,
 )
-from ..modeling.weight_checks import listed, published_name, read_headers
+from ..modeling.weight_checks import is_quantised, is_scale, listed, published_name, read_headers
 from .nvfp4 import check_rows, quantize_weight, weight_amax
-from .quantization_config import MIXED, NVFP4Config, is_scale, layer_entry
+from .quantization_config import MIXED, NVFP4Config, layer_entry
 
 logger = logging.get_logger(__name__)
 
@@ -242,7 +242,7 @@ def check_scale_headers(model: PreTrainedModel, headers: dict[str, str]) -> None
         headers: dtype, as safetensors spells it, by published tensor name.
 
     Raises:
-        ValueError: tensors that are missing or of another dtype, and scales that belong to no quantised module.
+        ValueError: tensors that are missing or of another dtype, and scales or codes that belong to no quantised module.
     """
     wanted: dict[str, torch.dtype] = {}
     for name, module in quantizable(model):
@@ -258,10 +258,12 @@ def check_scale_headers(model: PreTrainedModel, headers: dict[str, str]) -> None
             f"The checkpoint lacks {listed(missing)}, which its quantisation configuration calls for. Is a file missing, or "
             "does the configuration belong to another checkpoint?"
         )
-    surplus = [name for name in headers if is_scale(name) and name not in wanted and not _left_out(model, name)]
+    unwanted = {n: d for n, d in headers.items() if n not in wanted and not _left_out(model, n)}
+    surplus = [n if is_scale(n) else f"{n} ({d})" for n, d in unwanted.items() if is_quantised(n, d)]
     if surplus:
         raise ValueError(
-            f"The checkpoint holds scales for what its quantisation configuration leaves in full precision: {listed(surplus)}."
+            "The checkpoint holds scales or packed weights for what its quantisation configuration leaves in full precision: "
+            f"{listed(surplus)}."
         )
     other = [f"{n} is {headers[n]}, not {_DTYPES[d]}" for n, d in wanted.items() if headers[n] != _DTYPES[d]]
     if other:
@@ -436,7 +438,10 @@ def _published(model: PreTrainedModel, name: str) -> str:
 
 
 def _left_out(model: PreTrainedModel, name: str) -> bool:
-    """Whether this class of model loads without what is called `name`, as a backbone does without heads."""
+    """Whether this model loads without what is called `name`, as a backbone does without heads."""
+    # A model with a head has the backbone's patterns too: transformers gathers them.
+    if getattr(model, name.partition(".")[0], None) is not None:
+        return False
     return any(re.search(pattern, f"{name}.") for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 

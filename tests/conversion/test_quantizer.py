@@ -55,6 +55,7 @@ def rewritten(saved, tmp_path):
 
     def copy(recipe, tensors=None, config=None):
         folder = tmp_path / "rewritten"
+        shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(saved[recipe], folder)
         (folder / "hf_quant_config.json").unlink()
         if tensors is not None:
@@ -269,6 +270,7 @@ def test_generates(saved, ids):
 
 IN_PROJ = "backbone.layers.0.mixer.in_proj"
 EXPERT = "backbone.layers.1.mixer.experts.3.down_proj"
+EMBEDDINGS = "backbone.embeddings.weight"
 
 
 def put(name, value):
@@ -297,6 +299,14 @@ def put(name, value):
             lambda t: t.update({"backbone.embeddings.weight_scale": torch.tensor(1.0)}),
             "in full precision: backbone.embeddings.weight_scale",
         ),
+        (
+            lambda t: t.update({"mtp.layers.0.eh_proj.weight_scale": torch.tensor(1.0)}),
+            "in full precision: mtp.layers.0.eh_proj.weight_scale",
+        ),
+        (
+            lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS].to(torch.float8_e4m3fn)}),
+            rf"in full precision: {EMBEDDINGS} \(F8_E4M3\)",
+        ),
         (put(f"{EXPERT}.weight_scale_2", torch.nan), f"{EXPERT}.weight_scale_2. It is damaged"),
         (put(f"{EXPERT}.weight_scale_2", 0.0), f"{EXPERT}.weight_scale_2. It is damaged"),
         (put(f"{EXPERT}.weight_scale_2", -1.0), f"{EXPERT}.weight_scale_2. It is damaged"),
@@ -324,6 +334,27 @@ def put(name, value):
 def test_damaged_tensors(rewritten, change, message):
     with pytest.raises(ValueError, match=message):
         NemotronHForCausalLM.from_pretrained(rewritten("release", change))
+
+
+def test_packed_tensors_do_not_start_afresh(rewritten):
+    """`ignore_mismatched_sizes` would leave whatever is in memory as a scale."""
+    folder = rewritten("fp8", lambda t: t.update({f"{IN_PROJ}.weight_scale": torch.ones(1)}))
+    with pytest.raises(ValueError, match=rf"{IN_PROJ}.weight_scale has shape \(1,\).* Correct the configuration\.$"):
+        NemotronHForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+    model = NemotronHForCausalLM.from_pretrained(rewritten("fp8"), ignore_mismatched_sizes=True, vocab_size=70)
+    assert model.lm_head.weight.shape[0] == 70
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("config", [None, NVFP4Config(recipe="fp8")])
+def test_without_a_configuration(rewritten, recipe, config):
+    """Codes without their scales are other weights: they are not taken for full precision, nor quantised again."""
+    folder = rewritten(recipe)
+    described = json.loads((folder / "config.json").read_text())
+    del described["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=f"neither config.json nor hf_quant_config.json says .*{IN_PROJ}.weight"):
+        NemotronHForCausalLM.from_pretrained(folder, quantization_config=config)
 
 
 def test_damaged_files(saved, tmp_path):
