@@ -402,8 +402,13 @@ def _row_lengths(module: nn.Module) -> list[int]:
 
 
 def add_cache_scale(model: PreTrainedModel, name: str, scale: str) -> nn.Module:
-    """Give the module called `name`, a key or value projection, room for the scale of an FP8 cache; returns the module."""
+    """Give the module called `name`, a key or value projection, room for the scale of an FP8 cache; returns the module.
+
+    In the place of a projection with an adapter that is what the adapter stands upon.
+    """
     linear = model.get_submodule(name)
+    while hasattr(linear, "base_layer"):
+        name, linear = f"{name}.base_layer", linear.base_layer
     if not isinstance(linear, QuantizedLinear | CacheScaledLinear):
         with torch.device("meta"):
             scaled = CacheScaledLinear(linear.in_features, linear.out_features, linear.bias is not None)
