@@ -32,7 +32,7 @@ class NVFP4Config(QuantizationConfigMixin):
       projections, found by search; the recipe does not.)
     - `"nvfp4"`, `"fp8"`: every linear map of the backbone, but not the router.
 
-    The other arguments are the keys of ModelOpt's JSON, of either dialect; give them instead to quantise by a list of one's own.
+    The other arguments are the keys of ModelOpt's JSON, of either dialect; give them instead to quantise by a list of your own.
 
     Args:
         quant_algo: "NVFP4", "FP8" or "MIXED_PRECISION".

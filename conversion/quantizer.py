@@ -98,7 +98,10 @@ class ModelOptQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # saving makes it a string
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # saving makes it a string
+        if dtype is not None:
+            model.to(dtype)  # what was never quantised as well: layers of two dtypes do not multiply
+        dtype = model.dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear):
                 model.set_submodule(name, module.dequantize(dtype).train(module.training))
@@ -145,7 +148,8 @@ def quantize_model(model: PreTrainedModel, config: NVFP4Config) -> PreTrainedMod
         The same model.
 
     Raises:
-        ValueError: the model is quantised already; a weight with NaN or infinity; what `module_formats` refuses.
+        ValueError: the model is quantised already; a weight with NaN or infinity, or that is not in memory; what
+            `module_formats` refuses.
 
     Example:
 
@@ -324,6 +328,11 @@ def _quantize(model: PreTrainedModel, config: NVFP4Config) -> NVFP4Config:
     # A bad weight in the last layer must not leave the others quantised.
     for name in formats:
         for projection, weight in _weights(model.get_submodule(name)):
+            if weight.is_meta:
+                raise ValueError(
+                    f"{_published(model, name)}{projection} is not in memory and cannot be quantised: a `device_map` that leaves "
+                    "weights on disk or on the meta device takes a checkpoint that is quantised already."
+                )
             weight_amax(weight, f"{_published(model, name)}{projection}")
     shared = _shared_amax(model, formats)
     for name, weight_format in tqdm(formats.items(), desc="Quantising", disable=not logging.is_progress_bar_enabled()):

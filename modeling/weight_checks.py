@@ -85,8 +85,8 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
 
     Raises:
         ValueError: a file that is not a whole safetensors file, experts that are missing or surplus, shapes that do not
-            fit; quantised tensors where no configuration says how to read them. With `ignore_mismatched_sizes` missing experts are
-            logged instead, and shapes are looked at in quantised tensors only, which nothing could start afresh.
+            fit; quantised tensors where no configuration says how to read them. With `ignore_mismatched_sizes` missing experts
+            are logged instead, and shapes are looked at in quantised tensors only, which nothing could start afresh.
         FileNotFoundError: a shard that the index names and that is not there.
     """
     headers = read_headers(files)

@@ -1,5 +1,6 @@
 """Quantising, saving and opening whole models with MTP, and what is refused of a damaged checkpoint."""
 
+import io
 import json
 import shutil
 from collections import Counter
@@ -428,6 +429,68 @@ def test_what_cannot_be_quantised(full, saved):
         simulate_activations(full())
 
 
+def test_what_is_not_in_memory(full, tmp_path):
+    """Weights that wait on disk cannot be quantised on the way: said before any is."""
+    full().save_pretrained(tmp_path / "full")
+    places = dict.fromkeys(("model.embeddings", "model.norm_f", "lm_head", "mtp"), "cpu")
+    places |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(6)}
+    with pytest.raises(ValueError, match=r"backbone.layers.1.mixer.*is not in memory and cannot be quantised"):
+        NemotronHForCausalLM.from_pretrained(
+            tmp_path / "full",
+            device_map=places,
+            offload_folder=tmp_path / "disk",
+            quantization_config=NVFP4Config(recipe="nvfp4"),
+        )
+
+
+def test_dequantizing_to_another_dtype(saved, ids, tmp_path):
+    """The whole model goes along, so that it runs, and is saved as it is."""
+    model = NemotronHForCausalLM.from_pretrained(saved["release"], dtype=torch.bfloat16)
+    expected = all_logits(NemotronHForCausalLM.from_pretrained(saved["release"], dtype=torch.float32), ids)
+    model.dequantize(torch.float32)
+    assert all_logits(model, ids).equal(expected)
+    model.save_pretrained(tmp_path)
+    assert all_logits(NemotronHForCausalLM.from_pretrained(tmp_path, dtype="auto"), ids).equal(expected)
+
+
+def test_configuration_of_a_model_in_memory(saved, ids, tmp_path):
+    """It opens a checkpoint, and makes a fresh model, which is in full precision and says so when it is saved."""
+    model = NemotronHForCausalLM.from_pretrained(saved["release"], dtype=torch.float32)
+    again = NemotronHForCausalLM.from_pretrained(saved["release"], config=model.config, dtype=torch.float32)
+    assert all_logits(again, ids).equal(all_logits(model, ids))
+    assert isinstance(model.config.quantization_config, NVFP4Config)  # the caller's is left as it was
+    NemotronHForCausalLM(again.config).save_pretrained(tmp_path)
+    assert formats(NemotronHForCausalLM.from_pretrained(tmp_path)) == dict.fromkeys(formats(model))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_damaged_hf_quant_config(rewritten, content):
+    folder = rewritten("fp8")
+    described = json.loads((folder / "config.json").read_text())
+    del described["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "hf_quant_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"hf_quant_config.json (is not JSON|holds no JSON object)"):
+        NemotronHForCausalLM.from_pretrained(folder)
+
+
+def test_own_names_are_not_saved(saved, tmp_path):
+    """Nobody could open them; nothing is written."""
+    model = NemotronHForCausalLM.from_pretrained(saved["release"])
+    with pytest.raises(ValueError, match="`save_original_format=False` stacks experts"):
+        model.save_pretrained(tmp_path / "own", save_original_format=False)
+    assert not (tmp_path / "own").exists()
+
+
+def test_pickling(saved, ids):
+    """torch.save of a whole model, not only of its state."""
+    model = NemotronHForCausalLM.from_pretrained(saved["release"], dtype=torch.float32)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert all_logits(torch.load(file, weights_only=False), ids).equal(all_logits(model, ids))
+
+
 def test_weights_of_zero(full, ids, tmp_path):
     """An expert that never learnt anything has amax 0: its scale must not be."""
     model = full()
@@ -510,3 +573,5 @@ def test_experts_in_cpu_memory(full):
     for layers in (-1, len(sets) + 1):
         with pytest.raises(ValueError, match=rf"`layers` is {layers}: the model has {len(sets)} quantised sets"):
             offload_experts(model, layers)
+    with pytest.raises(ValueError, match="no quantised experts that could be kept in CPU memory"):
+        offload_experts(full())
