@@ -474,6 +474,22 @@ def test_damaged_hf_quant_config(rewritten, content):
         NemotronHForCausalLM.from_pretrained(folder)
 
 
+def test_state_dict_with_published_names(saved, make_model, same_tensors):
+    """`load_state_dict` stacks packed experts with their scales, names those that are missing, and takes no values for codes."""
+    stored = load_file(saved["fp8"] / "model.safetensors")
+    other = make_model(PATTERN, seed=6, **MTP, **SIZES).to(torch.bfloat16)
+    model = quantize_model(other, NVFP4Config(recipe="fp8"))
+    model.load_state_dict(dict(stored))
+    expected = NemotronHForCausalLM.from_pretrained(saved["fp8"], dtype=torch.bfloat16)
+    same_tensors(bytes_of(model), bytes_of(expected))
+
+    found = model.load_state_dict({n: t for n, t in stored.items() if n != f"{EXPERT}.input_scale"}, strict=False)
+    assert found.missing_keys == [f"{EXPERT}.input_scale".replace("backbone", "model")] and not found.unexpected_keys
+    with pytest.raises(RuntimeError, match=f"{EXPERT}.weight is torch.bfloat16, expected torch.float8_e4m3fn"):
+        model.load_state_dict(stored | {f"{EXPERT}.weight": stored[f"{EXPERT}.weight"].to(torch.bfloat16)})
+    same_tensors(bytes_of(model), bytes_of(expected))
+
+
 def test_own_names_are_not_saved(saved, tmp_path):
     """Nobody could open them; nothing is written."""
     model = NemotronHForCausalLM.from_pretrained(saved["release"])
