@@ -38,13 +38,18 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Tensor], cache: bool = T
         The same model, in the mode (training or not) it was in.
 
     Raises:
-        ValueError: the model has no quantised layer, there is no batch, something that is no batch, or an activation that is
+        ValueError: the model has no quantised layer, or some on disk; there is no batch, something that is no batch, or an activation that is
             not finite.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear | QuantizedExperts)}
     if not layers:
         raise ValueError("The model has no quantised layer to calibrate: quantise it first.")
+    waiting = [n for n, m in layers.items() if any(p.is_meta for p in m.parameters())]
+    if waiting:
+        raise ValueError(
+            f"Layers that wait on disk cannot be calibrated, such as {waiting[0]}: load the model into memory."
+        )
     largest: dict[str, Tensor] = {}
 
     def note(name: str, activations: Tensor) -> None:

@@ -97,11 +97,14 @@ class ModelOptQuantizer(HfQuantizer):
             model.config.quantization_config = self.quantization_config
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # saving makes it a string
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # Layers of two dtypes do not multiply: by default what was packed gets the dtype that the rest has now, which need not
+        # be that of the configuration; otherwise the rest goes along.
         if dtype is not None:
-            model.to(dtype)  # what was never quantised as well: layers of two dtypes do not multiply
-        dtype = model.dtype
+            model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return super().dequantize(model, model.dtype)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear):
                 model.set_submodule(name, module.dequantize(dtype).train(module.training))

@@ -118,7 +118,8 @@ class NemotronHPreTrainedModel(PreTrainedModel):
                 "call `dequantize()` first."
             )
         if quantizer is None and getattr(self.config, "quantization_config", None) is not None:
-            # A fresh model of a quantised checkpoint's configuration.
+            # A fresh model of a quantised model's configuration, which that one still needs.
+            self.config = copy.deepcopy(self.config)
             del self.config.quantization_config
         if quantizer is None or ours:
             self._weight_conversions = get_model_conversion_mapping(self, hf_quantizer=quantizer, add_legacy=False)

@@ -12,6 +12,7 @@ from nemotron_super import (
     NemotronHForSequenceClassification,
     NemotronHModel,
     NVFP4Config,
+    calibrate,
     offload_experts,
     preset,
     quantize_activations,
@@ -170,6 +171,8 @@ def test_offloaded(saved, ids, tmp_path):
         saved["release"], dtype=torch.float32, device_map=places, offload_folder=tmp_path
     )
     assert model.model.layers[1].mixer.experts.up_proj.is_meta
+    with pytest.raises(ValueError, match=r"wait on disk cannot be calibrated, such as model.layers.1.mixer"):
+        calibrate(model, [ids])
     with torch.no_grad():
         assert model(ids).logits.equal(whole(ids).logits)
 
@@ -451,6 +454,8 @@ def test_dequantizing_to_another_dtype(saved, ids, tmp_path):
     assert all_logits(model, ids).equal(expected)
     model.save_pretrained(tmp_path)
     assert all_logits(NemotronHForCausalLM.from_pretrained(tmp_path, dtype="auto"), ids).equal(expected)
+    moved = NemotronHForCausalLM.from_pretrained(saved["release"], dtype=torch.bfloat16).to(torch.float32)
+    assert all_logits(moved.dequantize(), ids).equal(expected)
 
 
 def test_configuration_of_a_model_in_memory(saved, ids, tmp_path):
@@ -461,6 +466,7 @@ def test_configuration_of_a_model_in_memory(saved, ids, tmp_path):
     assert isinstance(model.config.quantization_config, NVFP4Config)  # the caller's is left as it was
     NemotronHForCausalLM(again.config).save_pretrained(tmp_path)
     assert formats(NemotronHForCausalLM.from_pretrained(tmp_path)) == dict.fromkeys(formats(model))
+    assert isinstance(again.config.quantization_config, NVFP4Config)  # which the fresh model shared
 
 
 @pytest.mark.parametrize("content", ["{", "[1]"])
