@@ -20,13 +20,15 @@ from ..modeling.quantized_layers import QuantizedExperts, QuantizedLinear
 from .quantizer import PROJECTIONS, add_cache_scale
 
 CACHE_SCALES = {"k_proj": "k_scale", "v_proj": "v_scale"}
+ROUNDINGS = ("simulate_activations", "quantize_activations")
 
 
 @torch.no_grad()
 def calibrate(model: PreTrainedModel, batches: Iterable[Tensor], cache: bool = True) -> PreTrainedModel:
     """Measure the input scales of a quantised model, and the scales of an FP8 cache, in place.
 
-    Layers that no token reaches, such as those of MTP, keep the scale they have.
+    Layers that no token reaches, such as those of MTP, keep the scale they have. Nothing is rounded while it is measured, also
+    where `simulate_activations` or `quantize_activations` has been called. Adapters stay.
 
     Args:
         batches: sample token ids, each (batch, seq) int64, without padding.
@@ -36,12 +38,18 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Tensor], cache: bool = T
         The same model, in the mode (training or not) it was in.
 
     Raises:
-        ValueError: the model has no quantised layer, there is no batch, or an activation is not finite.
+        ValueError: the model has no quantised layer, or some on disk; there is no batch, something that is no batch, or an activation that is
+            not finite.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear | QuantizedExperts)}
     if not layers:
         raise ValueError("The model has no quantised layer to calibrate: quantise it first.")
+    waiting = [n for n, m in layers.items() if any(p.is_meta for p in m.parameters())]
+    if waiting:
+        raise ValueError(
+            f"Layers that wait on disk cannot be calibrated, such as {waiting[0]}: load the model into memory."
+        )
     largest: dict[str, Tensor] = {}
 
     def note(name: str, activations: Tensor) -> None:
@@ -59,12 +67,19 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Tensor], cache: bool = T
             hooks.append(
                 model.get_submodule(path).register_forward_hook(lambda m, x, y, path=path: note(f"{path} cache", y))
             )
+    # Roundings with the scales that are to be measured would show in all that follows, and cut off what is beyond them.
+    rounding = [(m, n) for m in model.modules() for n in ROUNDINGS if getattr(m, n, False)]
+    for module, name in rounding:
+        setattr(module, name, False)
     training = model.training
     model.eval()
     try:
         for batch in tqdm(batches, desc="Calibrating", disable=not logging.is_progress_bar_enabled()):
+            _check_batch(batch)
             model(batch.to(model.device), use_cache=False)
     finally:
+        for module, name in rounding:
+            setattr(module, name, True)
         for hook in hooks:
             hook.remove()
         model.train(training)
@@ -88,6 +103,12 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Tensor], cache: bool = T
                 getattr(linear, scale).fill_(torch.where(amax > 0, amax / E4M3_MAX, 1.0))
                 quantizer.quantization_config.fp8_cache = True
     return model
+
+
+def _check_batch(batch: Tensor) -> None:
+    if not isinstance(batch, Tensor) or batch.dim() != 2 or not batch.numel():
+        what = f"of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+        raise ValueError(f"`batches` holds {what}: each must be a tensor of token ids, (batch, seq), without padding.")
 
 
 def _observer(name: str, note):

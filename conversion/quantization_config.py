@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -33,7 +32,7 @@ class NVFP4Config(QuantizationConfigMixin):
       projections, found by search; the recipe does not.)
     - `"nvfp4"`, `"fp8"`: every linear map of the backbone, but not the router.
 
-    The other arguments are the keys of ModelOpt's JSON, of either dialect; give them, too, to quantise by a list of one's own.
+    The other arguments are the keys of ModelOpt's JSON, of either dialect; give them instead to quantise by a list of your own.
 
     Args:
         quant_algo: "NVFP4", "FP8" or "MIXED_PRECISION".
@@ -43,7 +42,7 @@ class NVFP4Config(QuantizationConfigMixin):
         quantization: the dictionary of that name in hf_quant_config.json, in place of the four above.
 
     Raises:
-        ValueError: an unknown recipe, format or key, or a group size other than 16.
+        ValueError: an unknown recipe, format or key, a group size other than 16, or one of the other arguments beside a recipe.
 
     Example:
 
@@ -73,10 +72,23 @@ class NVFP4Config(QuantizationConfigMixin):
             raise ValueError("Give one of `recipe`, `quant_algo` and `quantization` (of hf_quant_config.json).")
         if recipe is not None and recipe not in RECIPES:
             raise ValueError(f"Unknown recipe {recipe!r}: known are {', '.join(RECIPES)}.")
+        beside = {
+            "ignore": ignore,
+            "quantized_layers": quantized_layers,
+            "kv_cache_scheme": kv_cache_scheme,
+            "config_groups": config_groups,
+        }
+        given = [name for name, value in beside.items() if value is not None]
+        if given and (recipe is not None or quantization is not None):
+            whose = f"`recipe` {recipe!r}" if recipe is not None else "`quantization`"
+            raise ValueError(
+                f"{whose} says which modules are quantised: leave out {', '.join(given)}, or give `quant_algo`."
+            )
         self.quant_method = quant_method
         self.recipe = recipe
         self.producer = dict(producer or _PRODUCER)
         if quantization is not None:
+            _check_dictionary(quantization, "`quantization` of hf_quant_config.json")
             known = {"quant_algo", "kv_cache_quant_algo", "group_size", "exclude_modules", "quantized_layers"}
             _refuse_surplus(quantization, known, "hf_quant_config.json")
             quant_algo, ignore = quantization.get("quant_algo"), quantization.get("exclude_modules")
@@ -89,8 +101,13 @@ class NVFP4Config(QuantizationConfigMixin):
         else:
             _check_cache_scheme(kv_cache_scheme)
             self.fp8_cache = kv_cache_scheme is not None
-        for group in (config_groups or {}).values():
-            _check_group(group)
+        for name, value in (("config_groups", config_groups), ("quantized_layers", quantized_layers)):
+            _check_dictionary({} if value is None else value, f"`{name}`")
+        for name, group in (config_groups or {}).items():
+            _check_dictionary(group, f"{name} of `config_groups`")
+            _check_group(group, needs_targets=quant_algo == MIXED)
+        if isinstance(ignore, str):
+            raise ValueError(f"The modules that stay as they are must be a list, not the string {ignore!r}.")
         if quant_algo == MIXED and config_groups:
             # In the order of the groups: whoever writes JSON with sorted keys loses that of `quantized_layers`.
             grouped = _layers_of_groups(config_groups)
@@ -120,6 +137,7 @@ class NVFP4Config(QuantizationConfigMixin):
         if self.quant_algo == MIXED and not self.quantized_layers:
             raise ValueError(f"{MIXED} needs `quantized_layers`, the format of each module.")
         for module, entry in (self.quantized_layers or {}).items():
+            _check_dictionary(entry, module)
             if entry.get("quant_algo") not in FORMATS:
                 raise ValueError(
                     f"{module} has the unknown `quant_algo` {entry.get('quant_algo')!r}: known are {', '.join(FORMATS)}."
@@ -195,7 +213,14 @@ def _algo_of_bits(described: Mapping[str, Any]) -> str | None:
     return next((n for n, f in FORMATS.items() if f.bits == described.get("num_bits")), None)
 
 
-def _check_group(group: Mapping[str, Any]) -> None:
+def _check_dictionary(value: Any, where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} is {value!r}, not a dictionary.")
+
+
+def _check_group(group: Mapping[str, Any], needs_targets: bool) -> None:
+    if needs_targets and not group.get("targets"):
+        raise ValueError(f"A group of `config_groups` names no `targets`, which {MIXED} needs.")
     weights = group.get("weights") or {}
     algo = _algo_of_bits(weights)
     if algo is None or weights.get("type") != "float":
@@ -216,11 +241,10 @@ def _check_group_size(group_size: int | None, algo: str | None, where: str) -> N
 
 
 def _check_cache_scheme(scheme: Mapping[str, Any] | None) -> None:
-    if scheme is not None and (scheme.get("num_bits"), scheme.get("type"), scheme.get("dynamic")) != (
-        8,
-        "float",
-        False,
-    ):
+    if scheme is None:
+        return
+    _check_dictionary(scheme, "`kv_cache_scheme`")
+    if (scheme.get("num_bits"), scheme.get("type"), scheme.get("dynamic")) != (8, "float", False):
         raise ValueError(f"`kv_cache_scheme` is {dict(scheme)}: known are null and 8-bit floats with stored scales.")
 
 
@@ -228,8 +252,3 @@ def _refuse_surplus(given: Mapping[str, Any], known: set[str], where: str) -> No
     surplus = [key for key in given if key not in known]
     if surplus:
         raise ValueError(f"{where} has keys that are not known here: {', '.join(surplus)}.")
-
-
-def is_scale(tensor: str) -> bool:
-    """Whether a tensor of a checkpoint, by its name, is a scale of some quantisation."""
-    return re.search(r"\.\w*scale(_2|_inv)?$", tensor) is not None

@@ -32,9 +32,9 @@ from ..modeling.quantized_layers import (
     WeightFormat,
     expert_tensor,
 )
-from ..modeling.weight_checks import listed, published_name, read_headers
+from ..modeling.weight_checks import is_quantised, is_scale, listed, published_name, read_headers
 from .nvfp4 import check_rows, quantize_weight, weight_amax
-from .quantization_config import MIXED, NVFP4Config, is_scale, layer_entry
+from .quantization_config import MIXED, NVFP4Config, layer_entry
 
 logger = logging.get_logger(__name__)
 
@@ -97,8 +97,14 @@ class ModelOptQuantizer(HfQuantizer):
             model.config.quantization_config = self.quantization_config
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype  # saving makes it a string
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # Layers of two dtypes do not multiply: by default what was packed gets the dtype that the rest has now, which need not
+        # be that of the configuration; otherwise the rest goes along.
+        if dtype is not None:
+            model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return super().dequantize(model, model.dtype)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear):
                 model.set_submodule(name, module.dequantize(dtype).train(module.training))
@@ -145,7 +151,8 @@ def quantize_model(model: PreTrainedModel, config: NVFP4Config) -> PreTrainedMod
         The same model.
 
     Raises:
-        ValueError: the model is quantised already; a weight with NaN or infinity; what `module_formats` refuses.
+        ValueError: the model is quantised already; a weight with NaN or infinity, or that is not in memory; what
+            `module_formats` refuses.
 
     Example:
 
@@ -242,7 +249,7 @@ def check_scale_headers(model: PreTrainedModel, headers: dict[str, str]) -> None
         headers: dtype, as safetensors spells it, by published tensor name.
 
     Raises:
-        ValueError: tensors that are missing or of another dtype, and scales that belong to no quantised module.
+        ValueError: tensors that are missing or of another dtype, and scales or codes that belong to no quantised module.
     """
     wanted: dict[str, torch.dtype] = {}
     for name, module in quantizable(model):
@@ -258,10 +265,12 @@ def check_scale_headers(model: PreTrainedModel, headers: dict[str, str]) -> None
             f"The checkpoint lacks {listed(missing)}, which its quantisation configuration calls for. Is a file missing, or "
             "does the configuration belong to another checkpoint?"
         )
-    surplus = [name for name in headers if is_scale(name) and name not in wanted and not _left_out(model, name)]
+    unwanted = {n: d for n, d in headers.items() if n not in wanted and not _left_out(model, n)}
+    surplus = [n if is_scale(n) else f"{n} ({d})" for n, d in unwanted.items() if is_quantised(n, d)]
     if surplus:
         raise ValueError(
-            f"The checkpoint holds scales for what its quantisation configuration leaves in full precision: {listed(surplus)}."
+            "The checkpoint holds scales or packed weights for what its quantisation configuration leaves in full precision: "
+            f"{listed(surplus)}."
         )
     other = [f"{n} is {headers[n]}, not {_DTYPES[d]}" for n, d in wanted.items() if headers[n] != _DTYPES[d]]
     if other:
@@ -322,6 +331,11 @@ def _quantize(model: PreTrainedModel, config: NVFP4Config) -> NVFP4Config:
     # A bad weight in the last layer must not leave the others quantised.
     for name in formats:
         for projection, weight in _weights(model.get_submodule(name)):
+            if weight.is_meta:
+                raise ValueError(
+                    f"{_published(model, name)}{projection} is not in memory and cannot be quantised: a `device_map` that leaves "
+                    "weights on disk or on the meta device takes a checkpoint that is quantised already."
+                )
             weight_amax(weight, f"{_published(model, name)}{projection}")
     shared = _shared_amax(model, formats)
     for name, weight_format in tqdm(formats.items(), desc="Quantising", disable=not logging.is_progress_bar_enabled()):
@@ -400,8 +414,13 @@ def _row_lengths(module: nn.Module) -> list[int]:
 
 
 def add_cache_scale(model: PreTrainedModel, name: str, scale: str) -> nn.Module:
-    """Give the module called `name`, a key or value projection, room for the scale of an FP8 cache; returns the module."""
+    """Give the module called `name`, a key or value projection, room for the scale of an FP8 cache; returns the module.
+
+    In the place of a projection with an adapter that is what the adapter stands upon.
+    """
     linear = model.get_submodule(name)
+    while hasattr(linear, "base_layer"):
+        name, linear = f"{name}.base_layer", linear.base_layer
     if not isinstance(linear, QuantizedLinear | CacheScaledLinear):
         with torch.device("meta"):
             scaled = CacheScaledLinear(linear.in_features, linear.out_features, linear.bias is not None)
@@ -436,7 +455,10 @@ def _published(model: PreTrainedModel, name: str) -> str:
 
 
 def _left_out(model: PreTrainedModel, name: str) -> bool:
-    """Whether this class of model loads without what is called `name`, as a backbone does without heads."""
+    """Whether this model loads without what is called `name`, as a backbone does without heads."""
+    # A model with a head has the backbone's patterns too: transformers gathers them.
+    if getattr(model, name.partition(".")[0], None) is not None:
+        return False
     return any(re.search(pattern, f"{name}.") for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 

@@ -106,9 +106,21 @@ class NemotronHPreTrainedModel(PreTrainedModel):
 
         transformers would write back the layout that was read. Only `save_original_format=False` still asks for
         the modules' own names and stacked experts.
+
+        Raises:
+            ValueError: `save_original_format=False` of a quantised model, whose tensors nobody would find by such names.
         """
         quantizer = getattr(self, "hf_quantizer", None)
         ours = getattr(quantizer, "headers_as_published", False)
+        if ours and not kwargs.get("save_original_format", True):
+            raise ValueError(
+                "`save_original_format=False` stacks experts, which no reader of quantised checkpoints knows: leave it out, or "
+                "call `dequantize()` first."
+            )
+        if quantizer is None and getattr(self.config, "quantization_config", None) is not None:
+            # A fresh model of a quantised model's configuration, which that one still needs.
+            self.config = copy.deepcopy(self.config)
+            del self.config.quantization_config
         if quantizer is None or ours:
             self._weight_conversions = get_model_conversion_mapping(self, hf_quantizer=quantizer, add_legacy=False)
             if self.base_model is self:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import USER_REGISTERED_MAPPINGS, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 
-_EXPERT = re.compile(r"(?P<stack>.*mixer\.experts\.)(?P<expert>\d+)\.(?P<name>up_proj|down_proj)\.weight")
+from .quantized_layers import expert_tensor
+
+_EXPERT = re.compile(r"(?P<stack>.*mixer\.experts\.)(?P<expert>\d+)\.(?P<projection>up_proj|down_proj)\.(?P<name>\w+)")
 
 
 def published_layout() -> list[WeightRenaming | WeightConverter]:
@@ -52,14 +54,15 @@ def register_layout() -> None:
 def take_published_names(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, missing_keys: list[str], error_msgs: list[str]
 ) -> None:
-    """Rename in place what a published checkpoint of `module` calls differently, and stack experts.
+    """Rename in place what a published checkpoint of `module` calls differently, and stack experts, packed ones with their scales.
 
     Args:
         module: a Nemotron-H model whose names begin with `prefix` in `state_dict`.
         missing_keys: gets the experts of which others came; their weights stay as they are.
-        error_msgs: gets experts of a wrong shape.
+        error_msgs: gets experts of a wrong shape, or packed ones in the place of others.
     """
     stacks: dict[str, Tensor] = {}
+    ends: dict[str, str] = {}  # of the published names
     seen: dict[str, set[int]] = {}
     parameters = dict(module.named_parameters())
     for key in [key for key in state_dict if key.startswith(prefix)]:
@@ -67,7 +70,10 @@ def take_published_names(
         if name.startswith("backbone."):
             name = ("model." if hasattr(module, "model") else "") + name.removeprefix("backbone.")
         found = _EXPERT.fullmatch(name)
-        stack, expert = (found["stack"] + found["name"], int(found["expert"])) if found else ("", 0)
+        stack, expert, end = "", 0, ""
+        if found:
+            stack, expert = found["stack"] + expert_tensor(found["projection"], found["name"]), int(found["expert"])
+            end = f"{found['projection']}.{found['name']}"
         own = parameters.get(stack)
         if own is None or expert >= own.shape[0]:
             if prefix + name != key:
@@ -77,11 +83,15 @@ def take_published_names(
         if tensor.shape != own.shape[1:]:
             error_msgs.append(f"{key} has shape {tuple(tensor.shape)}, expected {tuple(own.shape[1:])}.")
             continue
+        if tensor.dtype != own.dtype and not (tensor.dtype.itemsize > 1 and own.dtype.itemsize > 1):
+            error_msgs.append(f"{key} is {tensor.dtype}, expected {own.dtype}: codes and values are not converted.")
+            continue
         if stack not in stacks:
             stacks[stack] = torch.empty_like(own, device=tensor.device) if own.is_meta else own.detach().clone()
         stacks[stack][expert] = tensor
         seen.setdefault(stack, set()).add(expert)
+        ends[stack] = end
     for stack, tensor in stacks.items():
         state_dict[prefix + stack] = tensor
-        before, _, name = (prefix + stack).rpartition(".")
-        missing_keys += [f"{before}.{e}.{name}.weight" for e in range(tensor.shape[0]) if e not in seen[stack]]
+        before = (prefix + stack).rpartition(".")[0]
+        missing_keys += [f"{before}.{e}.{ends[stack]}" for e in range(tensor.shape[0]) if e not in seen[stack]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -23,7 +24,15 @@ def find_quantization(
     Args:
         path: as given to `from_pretrained`.
         arguments: its keyword arguments; `config` is put there, or changed.
+
+    Raises:
+        ValueError: a file that does not hold a JSON object.
     """
+    given = arguments.get("config")
+    if hasattr(getattr(given, "quantization_config", None), "to_dict"):
+        # The configuration of a model in memory. transformers looks for a dictionary, as in a file.
+        arguments["config"] = given = copy.deepcopy(given)
+        given.quantization_config = given.quantization_config.to_dict()
     if path is None:
         return
     where = {name: arguments[name] for name in _WHERE_FROM if name in arguments}
@@ -40,7 +49,12 @@ def find_quantization(
             setattr(config, name, arguments.pop(name))
         arguments["config"] = config
     if getattr(config, "quantization_config", None) is None:
-        described = json.loads(Path(file).read_text(encoding="utf-8"))
+        try:
+            described = json.loads(Path(file).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON ({error}): fetch it again.") from error
+        if not isinstance(described, dict):
+            raise ValueError(f"{file} holds no JSON object: fetch it again.")
         config.quantization_config = {"quant_method": "modelopt", **described}
 
 

@@ -60,6 +60,11 @@ class WeightFormat:
         return {**tensors, "input_scale": torch.empty(tuple(batch), dtype=torch.float32)}
 
 
+def _dequantize_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """With one scale for each of possibly several stacked matrices. Has a name so that a model can be pickled."""
+    return dequantize_fp8(weight, scale[..., None, None], dtype)
+
+
 FORMATS = {
     "NVFP4": WeightFormat(
         name="NVFP4",
@@ -81,8 +86,7 @@ FORMATS = {
     "FP8": WeightFormat(
         name="FP8",
         stored={"weight": (1, torch.float8_e4m3fn), "weight_scale": (0, torch.float32)},
-        # One scale for each of possibly several stacked matrices.
-        dequantize=lambda weight, scale, dtype: dequantize_fp8(weight, scale[..., None, None], dtype),
+        dequantize=_dequantize_fp8,
         linear=fp8_linear,
         experts=fp8_experts,
         simulate=simulate_fp8,
@@ -275,9 +279,11 @@ def offload_experts(model: nn.Module, layers: int | None = None) -> int:
         Bytes that were moved.
 
     Raises:
-        ValueError: `layers` is more than the model has quantised sets of experts, or less than 0.
+        ValueError: the model has no quantised experts; `layers` is more than it has sets of them, or less than 0.
     """
     sets = [module for module in model.modules() if isinstance(module, QuantizedExperts)]
+    if not sets and layers is None:
+        raise ValueError("The model has no quantised experts that could be kept in CPU memory: quantise it first.")
     if not 0 <= (len(sets) if layers is None else layers) <= len(sets):
         raise ValueError(f"`layers` is {layers}: the model has {len(sets)} quantised sets of experts.")
     moved = 0

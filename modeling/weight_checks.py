@@ -6,6 +6,7 @@ loaded values. Names in messages are the published ones, such as `backbone.layer
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ logger = logging.get_logger(__name__)
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NAMES_IN_A_MESSAGE = 12
+_FULL_PRECISION = ("F64", "F32", "F16", "BF16")  # as safetensors spells them
 
 # End of a published name -> the configuration fields that decide its shape. The first match counts.
 _SIZES = (
@@ -59,6 +61,16 @@ def published_name(name: str, base_model: bool = False, expert: int | None = Non
     return name
 
 
+def is_scale(tensor: str) -> bool:
+    """Whether a tensor of a checkpoint, by its name, is a scale of some quantisation."""
+    return re.search(r"\.\w*scale(_2|_inv)?$", tensor) is not None
+
+
+def is_quantised(tensor: str, dtype: str) -> bool:
+    """Whether a tensor of a checkpoint, by its name and its dtype as safetensors spells it, is no plain value."""
+    return is_scale(tensor) or dtype not in _FULL_PRECISION
+
+
 def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: LoadStateDictConfig) -> None:
     """Compare names and shapes in the headers of `files` with `model`, before a tensor is loaded.
 
@@ -73,11 +85,20 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
 
     Raises:
         ValueError: a file that is not a whole safetensors file, experts that are missing or surplus, shapes that do not
-            fit. With `ignore_mismatched_sizes` missing experts are logged instead, and shapes are not looked at.
+            fit; quantised tensors where no configuration says how to read them. With `ignore_mismatched_sizes` missing experts
+            are logged instead, and shapes are looked at in quantised tensors only, which nothing could start afresh.
         FileNotFoundError: a shard that the index names and that is not there.
     """
     headers = read_headers(files)
-    if load_config.is_quantized and not getattr(load_config.hf_quantizer, "headers_as_published", False):
+    quantizer = load_config.hf_quantizer
+    if quantizer is None or not quantizer.pre_quantized:
+        unexplained = [name for name, (_, dtype) in headers.items() if is_quantised(name, dtype)]
+        if unexplained:
+            raise ValueError(
+                f"The checkpoint holds quantised tensors, but neither config.json nor hf_quant_config.json says of which kind: "
+                f"{listed(unexplained)}. Fetch hf_quant_config.json, or the `quantization_config` of config.json, as well."
+            )
+    if load_config.is_quantized and not getattr(quantizer, "headers_as_published", False):
         return
     ignore = load_config.ignore_mismatched_sizes
     conversions = load_config.weight_mapping or []
@@ -88,8 +109,8 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
     shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in own.items()}
     base = model.base_model is model
     stacks: dict[str, dict[int, str]] = {}
-    wrong = []
-    for key, (shape, _) in headers.items():
+    wrong, afresh = [], ", or pass ignore_mismatched_sizes=True to start these tensors afresh"
+    for key, (shape, dtype) in headers.items():
         name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
         if name not in own:
             continue
@@ -100,8 +121,9 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
                 continue
             stacks.setdefault(name, {})[int(expert)] = key
             expected = expected[1:]
-        if shape != expected:
+        if shape != expected and (not ignore or is_quantised(key, dtype)):
             published = published_name(name, base)
+            afresh = "" if is_quantised(key, dtype) else afresh
             wrong.append(f"{key} has shape {shape}, the configuration wants {expected} (see {_sizes(published)})")
 
     lost, surplus = [], []
@@ -122,10 +144,9 @@ def check_headers(model: PreTrainedModel, files: Sequence[str], load_config: Loa
             f"The checkpoint holds more experts than `n_routed_experts` ({model.config.n_routed_experts}): "
             f"{listed(surplus)}."
         )
-    if wrong and not ignore:
+    if wrong:
         raise ValueError(
-            f"The checkpoint does not fit its configuration: {listed(wrong, '; ')}. Correct the configuration, or pass "
-            "ignore_mismatched_sizes=True to start these tensors afresh."
+            f"The checkpoint does not fit its configuration: {listed(wrong, '; ')}. Correct the configuration{afresh}."
         )
 
 

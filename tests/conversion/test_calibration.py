@@ -5,9 +5,17 @@ import json
 
 import pytest
 import torch
-from nemotron_super import NemotronHForCausalLM, NVFP4Config, calibrate, quantize_model, simulate_activations
+from nemotron_super import (
+    NemotronHForCausalLM,
+    NVFP4Config,
+    calibrate,
+    quantize_activations,
+    quantize_model,
+    simulate_activations,
+)
 from nemotron_super.modeling.latent_moe import NemotronHExperts
-from nemotron_super.modeling.quantized_layers import QuantizedExperts, QuantizedLinear
+from nemotron_super.modeling.quantized_layers import CacheScaledLinear, QuantizedExperts, QuantizedLinear
+from nemotron_super.training.lora import add_lora
 from safetensors.torch import load_file
 
 SIZES = {"hidden_size": 32, "moe_latent_size": 16, "moe_intermediate_size": 32, "intermediate_size": 48}
@@ -124,6 +132,39 @@ def test_simulated_cache(quantized, batches):
         assert attention.q_proj(x).equal(plain[2])
 
 
+@pytest.mark.parametrize("rounding", [simulate_activations, quantize_activations])
+def test_nothing_is_rounded_while_measured(rounding, make_model, batches, same_tensors):
+    """Neither inputs, nor keys and values, which the scales of a smaller text would cut off; afterwards they are again."""
+
+    def model():
+        fields = {**SIZES, "mamba_num_heads": 8, "n_groups": 1, "ssm_state_size": 4}  # sizes that FP8 products take
+        return quantize_model(make_model("ME*-ME", seed=5, **MTP, **fields), NVFP4Config(recipe="fp8"))
+
+    expected = calibrate(model(), batches)
+    again = calibrate(model(), [batches[0][:1, :2]])
+    rounding(again)
+    name = rounding.__name__
+    before = [getattr(module, name, None) for module in again.modules()]
+    calibrate(again, batches)
+    scales = [{n: t for n, t in m.state_dict().items() if n.endswith("_scale")} for m in (again, expected)]
+    same_tensors(*scales)
+    assert True in before and [getattr(module, name, None) for module in again.modules()] == before
+
+
+def test_adapters_stay(quantized, batches, relative):
+    """Keys and values are measured with them; the scale goes to what they stand upon."""
+    torch.manual_seed(1)
+    model = add_lora(quantized("release"), r=2, init_lora_weights=False).eval()
+    with torch.no_grad():
+        before = model(input_ids=batches[0]).logits
+        calibrate(model, batches)
+        assert model(input_ids=batches[0]).logits.equal(before)
+    projection = model.get_base_model().get_submodule("model.layers.2.mixer.k_proj.base_layer")
+    assert isinstance(projection, CacheScaledLinear)
+    plain = calibrate(quantized("release"), batches).get_submodule("model.layers.2.mixer.k_proj")
+    assert projection.k_scale != plain.k_scale
+
+
 def test_mode_and_hooks(quantized, batches):
     """Calibrating twice is calibrating once; the model is left in its mode, without hooks, and may be trained."""
     model = quantized("release").train()
@@ -140,6 +181,10 @@ def test_what_is_refused(quantized, make_model, batches):
         calibrate(make_model("M*"), batches)
     with pytest.raises(ValueError, match="`batches` is empty"):
         calibrate(quantized("fp8"), [])
+    wrong = [{"input_ids": batches[0]}], batches[0], [batches[0][:, :0]]
+    for given, what in zip(wrong, ("a dict", r"of shape \(9,\)", r"of shape \(2, 0\)"), strict=True):
+        with pytest.raises(ValueError, match=f"`batches` holds {what}: each must be a tensor of token ids"):
+            calibrate(quantized("fp8"), given)
     model = quantized("fp8")
     with torch.no_grad():
         model.model.embeddings.weight[5] = torch.inf

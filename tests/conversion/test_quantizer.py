@@ -1,5 +1,6 @@
 """Quantising, saving and opening whole models with MTP, and what is refused of a damaged checkpoint."""
 
+import io
 import json
 import shutil
 from collections import Counter
@@ -11,6 +12,7 @@ from nemotron_super import (
     NemotronHForSequenceClassification,
     NemotronHModel,
     NVFP4Config,
+    calibrate,
     offload_experts,
     preset,
     quantize_activations,
@@ -55,6 +57,7 @@ def rewritten(saved, tmp_path):
 
     def copy(recipe, tensors=None, config=None):
         folder = tmp_path / "rewritten"
+        shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(saved[recipe], folder)
         (folder / "hf_quant_config.json").unlink()
         if tensors is not None:
@@ -168,6 +171,8 @@ def test_offloaded(saved, ids, tmp_path):
         saved["release"], dtype=torch.float32, device_map=places, offload_folder=tmp_path
     )
     assert model.model.layers[1].mixer.experts.up_proj.is_meta
+    with pytest.raises(ValueError, match=r"wait on disk cannot be calibrated, such as model.layers.1.mixer"):
+        calibrate(model, [ids])
     with torch.no_grad():
         assert model(ids).logits.equal(whole(ids).logits)
 
@@ -269,6 +274,7 @@ def test_generates(saved, ids):
 
 IN_PROJ = "backbone.layers.0.mixer.in_proj"
 EXPERT = "backbone.layers.1.mixer.experts.3.down_proj"
+EMBEDDINGS = "backbone.embeddings.weight"
 
 
 def put(name, value):
@@ -297,6 +303,14 @@ def put(name, value):
             lambda t: t.update({"backbone.embeddings.weight_scale": torch.tensor(1.0)}),
             "in full precision: backbone.embeddings.weight_scale",
         ),
+        (
+            lambda t: t.update({"mtp.layers.0.eh_proj.weight_scale": torch.tensor(1.0)}),
+            "in full precision: mtp.layers.0.eh_proj.weight_scale",
+        ),
+        (
+            lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS].to(torch.float8_e4m3fn)}),
+            rf"in full precision: {EMBEDDINGS} \(F8_E4M3\)",
+        ),
         (put(f"{EXPERT}.weight_scale_2", torch.nan), f"{EXPERT}.weight_scale_2. It is damaged"),
         (put(f"{EXPERT}.weight_scale_2", 0.0), f"{EXPERT}.weight_scale_2. It is damaged"),
         (put(f"{EXPERT}.weight_scale_2", -1.0), f"{EXPERT}.weight_scale_2. It is damaged"),
@@ -324,6 +338,27 @@ def put(name, value):
 def test_damaged_tensors(rewritten, change, message):
     with pytest.raises(ValueError, match=message):
         NemotronHForCausalLM.from_pretrained(rewritten("release", change))
+
+
+def test_packed_tensors_do_not_start_afresh(rewritten):
+    """`ignore_mismatched_sizes` would leave whatever is in memory as a scale."""
+    folder = rewritten("fp8", lambda t: t.update({f"{IN_PROJ}.weight_scale": torch.ones(1)}))
+    with pytest.raises(ValueError, match=rf"{IN_PROJ}.weight_scale has shape \(1,\).* Correct the configuration\.$"):
+        NemotronHForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+    model = NemotronHForCausalLM.from_pretrained(rewritten("fp8"), ignore_mismatched_sizes=True, vocab_size=70)
+    assert model.lm_head.weight.shape[0] == 70
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("config", [None, NVFP4Config(recipe="fp8")])
+def test_without_a_configuration(rewritten, recipe, config):
+    """Codes without their scales are other weights: they are not taken for full precision, nor quantised again."""
+    folder = rewritten(recipe)
+    described = json.loads((folder / "config.json").read_text())
+    del described["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=f"neither config.json nor hf_quant_config.json says .*{IN_PROJ}.weight"):
+        NemotronHForCausalLM.from_pretrained(folder, quantization_config=config)
 
 
 def test_damaged_files(saved, tmp_path):
@@ -395,6 +430,87 @@ def test_what_cannot_be_quantised(full, saved):
         NemotronHForCausalLM.from_pretrained(saved["nvfp4"], device_map={"model": "cpu", "": "mps"})
     with pytest.raises(ValueError, match="no quantised layer"):
         simulate_activations(full())
+
+
+def test_what_is_not_in_memory(full, tmp_path):
+    """Weights that wait on disk cannot be quantised on the way: said before any is."""
+    full().save_pretrained(tmp_path / "full")
+    places = dict.fromkeys(("model.embeddings", "model.norm_f", "lm_head", "mtp"), "cpu")
+    places |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(6)}
+    with pytest.raises(ValueError, match=r"backbone.layers.1.mixer.*is not in memory and cannot be quantised"):
+        NemotronHForCausalLM.from_pretrained(
+            tmp_path / "full",
+            device_map=places,
+            offload_folder=tmp_path / "disk",
+            quantization_config=NVFP4Config(recipe="nvfp4"),
+        )
+
+
+def test_dequantizing_to_another_dtype(saved, ids, tmp_path):
+    """The whole model goes along, so that it runs, and is saved as it is."""
+    model = NemotronHForCausalLM.from_pretrained(saved["release"], dtype=torch.bfloat16)
+    expected = all_logits(NemotronHForCausalLM.from_pretrained(saved["release"], dtype=torch.float32), ids)
+    model.dequantize(torch.float32)
+    assert all_logits(model, ids).equal(expected)
+    model.save_pretrained(tmp_path)
+    assert all_logits(NemotronHForCausalLM.from_pretrained(tmp_path, dtype="auto"), ids).equal(expected)
+    moved = NemotronHForCausalLM.from_pretrained(saved["release"], dtype=torch.bfloat16).to(torch.float32)
+    assert all_logits(moved.dequantize(), ids).equal(expected)
+
+
+def test_configuration_of_a_model_in_memory(saved, ids, tmp_path):
+    """It opens a checkpoint, and makes a fresh model, which is in full precision and says so when it is saved."""
+    model = NemotronHForCausalLM.from_pretrained(saved["release"], dtype=torch.float32)
+    again = NemotronHForCausalLM.from_pretrained(saved["release"], config=model.config, dtype=torch.float32)
+    assert all_logits(again, ids).equal(all_logits(model, ids))
+    assert isinstance(model.config.quantization_config, NVFP4Config)  # the caller's is left as it was
+    NemotronHForCausalLM(again.config).save_pretrained(tmp_path)
+    assert formats(NemotronHForCausalLM.from_pretrained(tmp_path)) == dict.fromkeys(formats(model))
+    assert isinstance(again.config.quantization_config, NVFP4Config)  # which the fresh model shared
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_damaged_hf_quant_config(rewritten, content):
+    folder = rewritten("fp8")
+    described = json.loads((folder / "config.json").read_text())
+    del described["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(described))
+    (folder / "hf_quant_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"hf_quant_config.json (is not JSON|holds no JSON object)"):
+        NemotronHForCausalLM.from_pretrained(folder)
+
+
+def test_state_dict_with_published_names(saved, make_model, same_tensors):
+    """`load_state_dict` stacks packed experts with their scales, names those that are missing, and takes no values for codes."""
+    stored = load_file(saved["fp8"] / "model.safetensors")
+    other = make_model(PATTERN, seed=6, **MTP, **SIZES).to(torch.bfloat16)
+    model = quantize_model(other, NVFP4Config(recipe="fp8"))
+    model.load_state_dict(dict(stored))
+    expected = NemotronHForCausalLM.from_pretrained(saved["fp8"], dtype=torch.bfloat16)
+    same_tensors(bytes_of(model), bytes_of(expected))
+
+    found = model.load_state_dict({n: t for n, t in stored.items() if n != f"{EXPERT}.input_scale"}, strict=False)
+    assert found.missing_keys == [f"{EXPERT}.input_scale".replace("backbone", "model")] and not found.unexpected_keys
+    with pytest.raises(RuntimeError, match=f"{EXPERT}.weight is torch.bfloat16, expected torch.float8_e4m3fn"):
+        model.load_state_dict(stored | {f"{EXPERT}.weight": stored[f"{EXPERT}.weight"].to(torch.bfloat16)})
+    same_tensors(bytes_of(model), bytes_of(expected))
+
+
+def test_own_names_are_not_saved(saved, tmp_path):
+    """Nobody could open them; nothing is written."""
+    model = NemotronHForCausalLM.from_pretrained(saved["release"])
+    with pytest.raises(ValueError, match="`save_original_format=False` stacks experts"):
+        model.save_pretrained(tmp_path / "own", save_original_format=False)
+    assert not (tmp_path / "own").exists()
+
+
+def test_pickling(saved, ids):
+    """torch.save of a whole model, not only of its state."""
+    model = NemotronHForCausalLM.from_pretrained(saved["release"], dtype=torch.float32)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert all_logits(torch.load(file, weights_only=False), ids).equal(all_logits(model, ids))
 
 
 def test_weights_of_zero(full, ids, tmp_path):
@@ -479,3 +595,5 @@ def test_experts_in_cpu_memory(full):
     for layers in (-1, len(sets) + 1):
         with pytest.raises(ValueError, match=rf"`layers` is {layers}: the model has {len(sets)} quantised sets"):
             offload_experts(model, layers)
+    with pytest.raises(ValueError, match="no quantised experts that could be kept in CPU memory"):
+        offload_experts(full())

@@ -87,15 +87,17 @@ def test_gradient_checkpointing(reentrant, quantized, ids, relative):
     assert all(relative(found[name], gradient) < 1e-5 for name, gradient in expected.items())
 
 
-def test_lower_precision(quantized, ids, relative):
+@pytest.mark.parametrize("recipe", ["release", "nvfp4"])
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_lower_precision(how, recipe, quantized, ids, relative):
     """In bfloat16 and under autocast: float32 adapters, and gradients as far as bfloat16 goes."""
-    _, exact = gradients(adapted(quantized("nvfp4")), ids)
-    for model, autocast in ((quantized("nvfp4").bfloat16(), False), (quantized("nvfp4"), True)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            _, found = gradients(adapted(model), ids)
-        assert {g.dtype for g in found.values()} == {torch.float32}
-        errors = sorted(relative(found[name], gradient) for name, gradient in exact.items())
-        assert errors[len(errors) // 2] < 0.1 and errors[-1] < 0.6
+    _, exact = gradients(adapted(quantized(recipe)), ids)
+    model = quantized(recipe).bfloat16() if how == "bfloat16" else quantized(recipe)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        _, found = gradients(adapted(model), ids)
+    assert {g.dtype for g in found.values()} == {torch.float32}
+    errors = sorted(relative(found[name], gradient) for name, gradient in exact.items())
+    assert errors[len(errors) // 2] < 0.1 and errors[-1] < 0.6
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -115,9 +117,10 @@ def test_adapters_move_between_formats(recipe, quantized, dequantized, ids, rela
     assert gradients(more, ids)[1].keys() == {n for n, p in more.named_parameters() if "lora_" in n}
 
 
-def test_training(quantized, ids, tmp_path):
+@pytest.mark.parametrize("recipe", ["release", "nvfp4"])
+def test_training(recipe, quantized, ids, tmp_path):
     """Under transformers' Trainer with gradient checkpointing the loss falls; every packed tensor stays bit for bit."""
-    model = adapted(quantized("nvfp4"), random=False)
+    model = adapted(quantized(recipe), random=False)
     before = packed_bytes(model)
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
