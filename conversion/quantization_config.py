@@ -89,6 +89,7 @@ class NVFP4Config(QuantizationConfigMixin):
         self.producer = dict(producer or _PRODUCER)
         if quantization is not None:
             _check_dictionary(quantization, "`quantization` of hf_quant_config.json")
+            _check_algo(quantization.get("quant_algo"))
             known = {"quant_algo", "kv_cache_quant_algo", "group_size", "exclude_modules", "quantized_layers"}
             _refuse_surplus(quantization, known, "hf_quant_config.json")
             quant_algo, ignore = quantization.get("quant_algo"), quantization.get("exclude_modules")
@@ -99,6 +100,8 @@ class NVFP4Config(QuantizationConfigMixin):
                 raise ValueError(f"`kv_cache_quant_algo` is {kv_algo!r}: known are null and 'FP8'.")
             self.fp8_cache = kv_algo == "FP8"
         else:
+            if recipe is None:
+                _check_algo(quant_algo)
             _check_cache_scheme(kv_cache_scheme)
             self.fp8_cache = kv_cache_scheme is not None
         for name, value in (("config_groups", config_groups), ("quantized_layers", quantized_layers)):
@@ -130,8 +133,6 @@ class NVFP4Config(QuantizationConfigMixin):
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def _check_layers(self) -> None:
-        if self.quant_algo not in (*FORMATS, MIXED):
-            raise ValueError(f"Unknown `quant_algo` {self.quant_algo!r}: known are {', '.join((*FORMATS, MIXED))}.")
         if self.quant_algo != MIXED and self.quantized_layers:
             raise ValueError(f"`quantized_layers` belongs to {MIXED}; `quant_algo` is {self.quant_algo!r}.")
         if self.quant_algo == MIXED and not self.quantized_layers:
@@ -201,6 +202,12 @@ def layer_entry(algo: str) -> dict[str, Any]:
     """A module's entry in `quantized_layers`."""
     group_size = FORMATS[algo].group_size
     return {"quant_algo": algo} if group_size is None else {"quant_algo": algo, "group_size": group_size}
+
+
+def _check_algo(algo: str | None) -> None:
+    # Before all else: other formats have keys of their own, which would be refused in their place.
+    if algo not in (*FORMATS, MIXED):
+        raise ValueError(f"Unknown `quant_algo` {algo!r}: known are {', '.join((*FORMATS, MIXED))}.")
 
 
 def _bits(algo: str) -> dict[str, Any]:

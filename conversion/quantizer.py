@@ -7,6 +7,7 @@ one module exists twice.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -133,6 +134,10 @@ class ModelOptQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True  # adapters and full-precision leaves; the packed weights are frozen
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True  # by which `Trainer` knows that the leaves train without adapters too
 
 
 def register() -> None:
@@ -322,12 +327,28 @@ def _bad_rows(tensor: Tensor, stored: str) -> list[int]:
     return bad.nonzero().flatten().tolist()
 
 
-def _quantize(model: PreTrainedModel, config: NVFP4Config) -> NVFP4Config:
-    """Quantise in place; returns the configuration with its recipe, if it has one, spelt out."""
+def refuse_unquantizable(model_class: type[PreTrainedModel], model_config, config: NVFP4Config) -> None:
+    """Look for what `quantize_model` would refuse of such a model, whatever its weights are.
+
+    Raises:
+        ValueError: as `quantize_model`.
+    """
+    with torch.device("meta"):
+        model = model_class(copy.deepcopy(model_config))
+    _plan(model, config)
+
+
+def _plan(model: PreTrainedModel, config: NVFP4Config) -> tuple[NVFP4Config, dict[str, WeightFormat]]:
+    """The configuration with its recipe, if it has one, spelt out, and the formats of the modules that it quantises."""
     config = config if config.recipe is None else resolve_recipe(model, config.recipe)
     if config.fp8_cache:
         raise ValueError("The scales of an FP8 cache come from data: quantise without `kv_cache_scheme`.")
-    formats = module_formats(model, config)
+    return config, module_formats(model, config)
+
+
+def _quantize(model: PreTrainedModel, config: NVFP4Config) -> NVFP4Config:
+    """Quantise in place; returns the configuration with its recipe, if it has one, spelt out."""
+    config, formats = _plan(model, config)
     # A bad weight in the last layer must not leave the others quantised.
     for name in formats:
         for projection, weight in _weights(model.get_submodule(name)):

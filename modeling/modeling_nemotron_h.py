@@ -37,7 +37,9 @@ from .mtp import NemotronHMTP
 from .norms import NemotronHRMSNorm
 from .objective import training_objective
 from .published_names import register_layout, take_published_names
+from .quantization_file import FILE as QUANTIZATION_FILE
 from .quantization_file import drop_quantization, find_quantization
+from .quantized_layers import QuantizedExperts, QuantizedLinear
 from .remote_code import AUTO_MAP, STUB_FILE, write_stub
 from .static_cache import LONGEST_STEP, StaticHybridCache
 from .stopping_drafts import stopping_at, until_stop
@@ -108,7 +110,8 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         the modules' own names and stacked experts.
 
         Raises:
-            ValueError: `save_original_format=False` of a quantised model, whose tensors nobody would find by such names.
+            ValueError: `save_original_format=False` of a quantised model, whose tensors nobody would find by such names; a part of
+                a quantised model.
         """
         quantizer = getattr(self, "hf_quantizer", None)
         ours = getattr(quantizer, "headers_as_published", False)
@@ -116,6 +119,11 @@ class NemotronHPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 "`save_original_format=False` stacks experts, which no reader of quantised checkpoints knows: leave it out, or "
                 "call `dequantize()` first."
+            )
+        if quantizer is None and any(isinstance(m, QuantizedLinear | QuantizedExperts) for m in self.modules()):
+            raise ValueError(
+                "This is a part of a quantised model, and only the whole knows how its weights are packed: save that one, from which "
+                f"`{type(self).__name__}.from_pretrained` then opens this part."
             )
         if quantizer is None and getattr(self.config, "quantization_config", None) is not None:
             # A fresh model of a quantised model's configuration, which that one still needs.
@@ -130,14 +138,16 @@ class NemotronHPreTrainedModel(PreTrainedModel):
             if self.should_save_on_this_rank(is_main_process):
                 write_stub(save_directory)
                 if ours:
+                    self.config.quantization_config = quantizer.quantization_config  # the configuration may be a copy
                     quantizer.write_json(save_directory)
                 else:
                     drop_quantization(save_directory)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def _get_files_timestamps(self, working_dir):
-        # Uploaded is what changed since; the stub is already there when transformers begins to save.
-        return {name: time for name, time in super()._get_files_timestamps(working_dir).items() if name != STUB_FILE}
+        # Uploaded is what changed since; these are already there when transformers begins to save.
+        times = super()._get_files_timestamps(working_dir)
+        return {name: time for name, time in times.items() if name not in (STUB_FILE, QUANTIZATION_FILE)}
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         take_published_names(self, state_dict, prefix, missing_keys, error_msgs)

@@ -23,10 +23,10 @@ def find_quantization(
 
     Args:
         path: as given to `from_pretrained`.
-        arguments: its keyword arguments; `config` is put there, or changed.
+        arguments: its keyword arguments; `config` is put there.
 
     Raises:
-        ValueError: a file that does not hold a JSON object.
+        ValueError: a file that is not JSON, or does not describe a quantisation.
     """
     given = arguments.get("config")
     if hasattr(getattr(given, "quantization_config", None), "to_dict"):
@@ -53,8 +53,11 @@ def find_quantization(
             described = json.loads(Path(file).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file} is not JSON ({error}): fetch it again.") from error
-        if not isinstance(described, dict):
-            raise ValueError(f"{file} holds no JSON object: fetch it again.")
+        if not isinstance(described, dict) or not isinstance(described.get("quantization"), dict):
+            raise ValueError(
+                f"{file} has no `quantization` that says how the checkpoint is quantised: fetch it again."
+            )
+        arguments["config"] = config = copy.deepcopy(config)  # the caller's stays as it was
         config.quantization_config = {"quant_method": "modelopt", **described}
 
 

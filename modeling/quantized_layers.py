@@ -324,12 +324,13 @@ def quantize_activations(model: nn.Module, formats: Sequence[str] = ("FP8",)) ->
     Routed experts keep their inputs in full precision. Calibrate the input scales first, if the checkpoint did not come with them.
 
     Args:
-        formats: of which linear maps, "FP8" or "NVFP4" (needs Blackwell, never run there); those of others, and with `()`
+        formats: of which linear maps, "FP8" or "NVFP4" (needs Blackwell, never run there), or both; those of others, and with `()`
             all, take inputs in full precision again.
 
     Raises:
         ValueError: an unknown format; no linear map is in it; a device that cannot. Nothing is changed then.
     """
+    formats = (formats,) if isinstance(formats, str) else formats
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     for wanted in formats:
         if wanted not in FORMATS:

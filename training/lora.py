@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ..conversion.quantization_config import NVFP4Config
-from ..conversion.quantizer import quantize_model
+from ..conversion.quantizer import quantize_model, refuse_unquantizable
 from ..modeling.latent_moe import NemotronHExperts, NemotronHTopkRouter
 from ..modeling.linear import NemotronHLinear
 from ..modeling.modeling_nemotron_h import NemotronHPreTrainedModel
@@ -163,9 +163,11 @@ def export_merged(
         quantization_config: how to quantise what is merged before it is saved; by default it is saved in full precision.
 
     Raises:
-        ValueError: a merged weight that is not finite, from PEFT; what `quantize_model` refuses.
+        ValueError: what `quantize_model` refuses, before anything is merged; a merged weight that is not finite, from PEFT.
     """
     base = model.get_base_model()
+    if quantization_config is not None:  # what cannot be quantised is to be found before the adapters are gone
+        refuse_unquantizable(type(base), base.config, quantization_config)
     if getattr(base, "hf_quantizer", None) is not None:
         base.dequantize()
     merged = model.merge_and_unload(safe_merge=True)

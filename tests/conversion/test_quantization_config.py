@@ -94,6 +94,9 @@ def group(bits, group_size=None):
         ({"quantization": {"quant_algo": "NVFP4", "group_size": 128}}, "hf_quant_config.json has `group_size` 128"),
         ({"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "NVFP4"}}, "`kv_cache_quant_algo` is 'NVFP4'"),
         ({"quantization": {"quant_algo": "FP8", "has_zero_point": True}}, "not known here: has_zero_point"),
+        ({"quantization": {"quant_algo": "NVFP4_AWQ", "pre_quant_scale": True}}, "`quant_algo` 'NVFP4_AWQ'"),
+        ({"quant_algo": "MXFP8", "config_groups": {"group_0": {"quant_algo": "MXFP8"}}}, "`quant_algo` 'MXFP8'"),
+        ({"quant_algo": "NVFP4", "kv_cache_scheme": "NVFP4"}, "`kv_cache_scheme` is 'NVFP4'"),
         ({"quant_algo": "FP8", "smoothing": 1}, "`quantization_config` has keys that are not known here: smoothing"),
     ],
 )

@@ -22,6 +22,7 @@ from nemotron_super import (
 from nemotron_super.conversion.quantizer import install_empty, quantizable, resolve_recipe
 from nemotron_super.modeling.quantized_layers import QuantizedExperts, QuantizedLinear, _fetch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 MTP = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
 # NVFP4 needs rows of a multiple of 16.
@@ -374,6 +375,25 @@ def test_damaged_files(saved, tmp_path):
         NemotronHForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_part_is_not_saved(saved, tmp_path):
+    model = NemotronHForCausalLM.from_pretrained(saved["release"])
+    with pytest.raises(ValueError, match=r"part of a quantised model.*save that one"):
+        model.model.save_pretrained(tmp_path / "part")
+    assert not (tmp_path / "part").exists() and model.config.quantization_config.quant_algo == "MIXED_PRECISION"
+
+
+def test_hf_quant_config_alone(saved, tmp_path):
+    """It describes the checkpoint; a configuration that the caller gives stays as it was."""
+    shutil.copytree(saved["nvfp4"], tmp_path, dirs_exist_ok=True)
+    described = json.loads((tmp_path / "config.json").read_text())
+    del described["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    config = AutoConfig.from_pretrained(tmp_path)
+    model = NemotronHForCausalLM.from_pretrained(tmp_path, config=config)
+    assert model.config.quantization_config.quant_algo == "NVFP4"
+    assert getattr(config, "quantization_config", None) is None
+
+
 def layer(name, algo="NVFP4"):
     return lambda c: c["quantized_layers"].update({name: {"quant_algo": algo}})
 
@@ -469,14 +489,14 @@ def test_configuration_of_a_model_in_memory(saved, ids, tmp_path):
     assert isinstance(again.config.quantization_config, NVFP4Config)  # which the fresh model shared
 
 
-@pytest.mark.parametrize("content", ["{", "[1]"])
+@pytest.mark.parametrize("content", ["{", "[1]", "{}"])
 def test_damaged_hf_quant_config(rewritten, content):
     folder = rewritten("fp8")
     described = json.loads((folder / "config.json").read_text())
     del described["quantization_config"]
     (folder / "config.json").write_text(json.dumps(described))
     (folder / "hf_quant_config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"hf_quant_config.json (is not JSON|holds no JSON object)"):
+    with pytest.raises(ValueError, match=r"hf_quant_config.json (is not JSON|has no `quantization`)"):
         NemotronHForCausalLM.from_pretrained(folder)
 
 
@@ -537,7 +557,7 @@ def test_products_of_quantised_operands(full, ids, relative):
         if isinstance(module, QuantizedExperts):
             module.simulate_activations = False  # whose inputs `quantize_activations` leaves alone
     simulated = all_logits(model, ids)
-    quantize_activations(model)
+    quantize_activations(model, "FP8")
     assert relative(plain, simulated) > 1e-4
     assert relative(all_logits(model, ids), simulated) < 1e-5
     model(ids, labels=ids).loss.backward()

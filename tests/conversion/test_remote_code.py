@@ -135,8 +135,10 @@ def test_only_the_main_process_writes(published, tmp_path):
 
 
 def test_upload_takes_the_stub_along(published, tmp_path, monkeypatch):
-    """`save_pretrained(push_to_hub=True)` uploads what is new since it began; the stub must be among it."""
-    model = nemotron_super.NemotronHForCausalLM.from_pretrained(published)
+    """`save_pretrained(push_to_hub=True)` uploads what is new since it began, also what this package writes before transformers."""
+    model = nemotron_super.NemotronHForCausalLM.from_pretrained(
+        published, quantization_config=nemotron_super.NVFP4Config(recipe="fp8")
+    )
     (tmp_path / "old.txt").write_text("was here")
     monkeypatch.setattr("transformers.modeling_utils.hf_api", lambda: _Hub())
     uploaded: list[str] = []
@@ -152,7 +154,9 @@ def test_upload_takes_the_stub_along(published, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "_upload_modified_files", upload)
     monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *a, **k: _Card())
     model.save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/something")
-    assert {STUB_FILE, "config.json", "model.safetensors"} <= set(uploaded) and "old.txt" not in uploaded
+    assert {STUB_FILE, "config.json", "model.safetensors", "hf_quant_config.json"} <= set(
+        uploaded
+    ) and "old.txt" not in uploaded
 
 
 class _Hub:

@@ -6,6 +6,7 @@ from nemotron_super import NemotronHForCausalLM, NVFP4Config, quantize_model
 from nemotron_super.modeling.quantized_layers import QuantizedExperts, QuantizedLinear
 from nemotron_super.training.lora import export_merged
 from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
 
 SIZES = {"hidden_size": 32, "moe_latent_size": 16, "moe_intermediate_size": 32, "intermediate_size": 48}
 MTP = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
@@ -83,6 +84,39 @@ def test_leaves_train_without_adapters(quantized, ids):
     assert {n for n, p in model.named_parameters() if p.requires_grad} == found.keys()
     assert {"lm_head.weight", "model.layers.1.mixer.gate.weight", "model.layers.0.mixer.conv1d.weight"} < found.keys()
     assert all(g.isfinite().all() and g.any() for g in found.values())
+
+
+def test_trainer_without_adapters(quantized, ids, tmp_path):
+    """Under transformers' Trainer they train too, and go on from a checkpoint; packed weights stay bit for bit."""
+
+    def train(folder, **options):
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=2,
+            learning_rate=2e-3,
+            num_train_epochs=1,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_steps=5,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        data = [{"input_ids": row, "labels": row} for row in ids.repeat(10, 1)]
+        trainer = Trainer(model=quantized("release"), args=arguments, train_dataset=data)
+        trainer.train(**options)
+        return trainer
+
+    trainer = train(tmp_path)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    before, after = packed(quantized("release")), packed(trainer.model)
+    assert all(after[n].equal(t) for n, t in before.items())
+    again = train(tmp_path / "again", resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    expected = trainer.model.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in again.model.state_dict().items() if t.dtype == torch.float32)
+    opened = NemotronHForCausalLM.from_pretrained(tmp_path / "checkpoint-10").eval()
+    assert opened(ids).logits.equal(trainer.model.eval()(ids).logits)
 
 
 @torch.no_grad()

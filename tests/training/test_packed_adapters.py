@@ -199,6 +199,21 @@ def test_merging(recipe, quantized, ids, tmp_path, relative):
     assert relative(logits(opened, ids), expected) < 0.5
 
 
+def test_a_refused_export_keeps_the_adapters(make_model, ids, tmp_path):
+    """What the result cannot be quantised to is said before it is dequantised and merged."""
+    model = make_model("ME", seed=5, **{**SIZES, "moe_intermediate_size": 24})
+    model = adapted(quantize_model(model, NVFP4Config(recipe="fp8")))
+    before, expected = packed_bytes(model), logits(model, ids)
+    cache = {"dynamic": False, "num_bits": 8, "type": "float"}
+    for config, message in (
+        (NVFP4Config(recipe="nvfp4"), "rows of 24, which NVFP4's blocks of 16"),
+        (NVFP4Config(quant_algo="FP8", kv_cache_scheme=cache), "scales of an FP8 cache come from data"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_merged(model, tmp_path, config)
+    assert packed_bytes(model).keys() == before.keys() and logits(model, ids).equal(expected)
+
+
 def test_what_is_refused(quantized, ids, tmp_path):
     """PEFT's own wrapper would add to the codes; ours says which experts it cannot adapt and how to leave them out."""
     targets = [f"{n}.up_proj" for n, m in quantized("fp8").named_modules() if isinstance(m, QuantizedExperts)]
