@@ -302,19 +302,6 @@ def refuse_ragged(cache: Cache) -> None:
         )
 
 
-def refuse_packed(cache: Cache) -> None:
-    """Refuse a cache that holds packed documents.
-
-    Raises:
-        ValueError: such a cache.
-    """
-    if getattr(cache, "holds_packed_documents", False):
-        raise ValueError(
-            "`cache` was filled with packed documents: attention would see all of them, the Mamba-2 layers the last only. "
-            "Continue each document from a cache of its own."
-        )
-
-
 def check_cache(cache: Cache, config: NemotronHConfig, batch: int, length: int = 0) -> None:
     """Refuse a cache that another configuration or another batch filled, or that has no room for `length` tokens.
 
@@ -329,7 +316,11 @@ def check_cache(cache: Cache, config: NemotronHConfig, batch: int, length: int =
         )
     if not layers:
         raise ValueError("`cache` was made without a configuration: use `HybridCache(model.config)`.")
-    refuse_packed(cache)
+    if getattr(cache, "holds_packed_documents", False):
+        raise ValueError(
+            "`cache` was filled with packed documents: attention would see all of them, the Mamba-2 layers the last only. "
+            "Continue each document from a cache of its own."
+        )
     refuse_ragged(cache)
     if hasattr(cache, "check_room"):
         cache.check_room(length)

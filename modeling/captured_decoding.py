@@ -24,12 +24,13 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from ..kernels_hub.registry import keep_drafts
-from .cache import HybridCache, refuse_packed, refuse_ragged
+from .cache import HybridCache, refuse_ragged
 from .choosing import Choice, draw
 from .drafting import GrowingReader, tokens_behind
 from .speculative import target_tokens
 from .static_cache import LONGEST_STEP, ReadAhead, StaticHybridCache, StaticMamba2Layer, StaticMTPCache, round_up
 from .stopping_rules import UsualRules
+from .token_layout import check_mask
 
 logger = logging.get_logger(__name__)
 
@@ -93,7 +94,8 @@ def held_tokens(
     As in transformers: whoever gives a mask that is longer than his tokens gives new ones only.
 
     Raises:
-        ValueError: there is no prompt, or the cache holds all of it, so that nothing is left to read; or rows of different lengths.
+        ValueError: there is no prompt, or the cache holds all of it, so that nothing is left to read; rows of different lengths; a
+            mask of another length than the text.
     """
     refuse_ragged(cache)
     held, length = cache.get_seq_length(), ids.shape[1]
@@ -103,7 +105,12 @@ def held_tokens(
         raise ValueError(
             "The prompt is empty: `input_ids` needs at least one token, such as the one that begins a text."
         )
-    if embeds is None and (mask.shape[1] if mask is not None else getattr(config, "_mask_length", length)) != length:
+    # A mask without padding is dropped by `generate`, which notes its length.
+    covered = mask.shape[1] if mask is not None else getattr(config, "_mask_length", length)
+    only_new = embeds is None and covered != length
+    if mask is not None:
+        check_mask(mask, ids.shape[0], held, length if only_new else length - held)
+    if only_new:
         return 0
     if held >= length:
         raise ValueError(
@@ -215,7 +222,6 @@ def sample_captured(
     outputs = model._prefill(input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant)
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
     del outputs
-    refuse_packed(cache)
     step = DecodeStep(model, cache, batch, model_kwargs.get("attention_mask"))
 
     unfinished = input_ids.new_ones(batch)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cache import HybridCache, MTPCache, refuse_packed
-from .token_layout import check_mask, describe_tokens
+from .cache import HybridCache, MTPCache
+from .token_layout import describe_tokens
 
 MOST_DEPTHS = 7
 
@@ -79,52 +79,38 @@ class GrowingReader:
         """(batch, n, hidden) -> (batch, n, vocab) float32."""
         return self.model.get_output_embeddings()(hidden_states).to(torch.float32)
 
-    def _backbone(self, embeds: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def _backbone(self, embeds: Tensor) -> Tensor:
         seen = self.cache.get_seq_length() + embeds.shape[1]
         mask = None if self.mask is None else self.mask[:, :seen]
         return self.model.model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, cache=self.cache, use_cache=True
+            inputs_embeds=embeds, attention_mask=mask, cache=self.cache, use_cache=True
         ).last_hidden_state
 
-    def read_prompt(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        chunk: int | None,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
+    def read_prompt(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, chunk: int | None) -> Tensor:
         """Read what of the prompt the cache does not hold yet, in chunks if asked.
 
         Args:
             input_ids: (batch, seq); or `inputs_embeds` (batch, seq, hidden).
-            position_ids: (batch or 1, seq), if anything more than an order.
 
         Returns:
             Logits behind the last position, (batch, 1, vocab) float32.
-
-        Raises:
-            ValueError: an attention mask of another length than the text, or packed documents, which nothing can follow.
         """
         past = self.cache.get_seq_length()
         embed = self.model.get_input_embeddings()
         prompt = inputs_embeds if inputs_embeds is not None else embed(input_ids)
-        check_mask(self.mask, past, prompt)
         real = None if self.mask is None else self.mask[:, past:].bool()
         last = None
         chunk = chunk or prompt.shape[1]
         # The head follows one token behind: it needs the token after each position.
         for start in range(0, prompt.shape[1], chunk):
             end = min(start + chunk, prompt.shape[1])
-            # As in a forward, documents are looked for only where nothing has been read.
-            places = None if past or position_ids is None else position_ids[:, start:end]
-            hidden = self._backbone(prompt[:, start:end], places)
+            hidden = self._backbone(prompt[:, start:end])
             pairs = hidden if last is None else torch.cat([last, hidden], dim=1)
             first = start if last is None else start - 1
             last = hidden[:, -1:]
             if pairs.shape[1] > 1:
                 there = None if real is None else real[:, first : end - 1]
                 self.drafter.feed(pairs[:, :-1], prompt[:, first + 1 : end], there)
-        refuse_packed(self.cache)
         assert last is not None
         self.last = last
         return self.logits(last)

@@ -198,16 +198,27 @@ class _Rows:
         ids = self.written[row : row + 1, :length]
         return bool(self.criteria(ids, None if scores is None else (scores.unsqueeze(0),)).all())
 
+    def columns(self, start: int, pad_token: Tensor | None) -> list[list[int]]:
+        """Tokens of all rows, place by place behind the prompt, from `start` on as far as every row has come."""
+        open_rows = self.open_rows()
+        end = min(len(self.texts[row]) for row in open_rows) if open_rows else self._longest()
+        pad = 0 if pad_token is None else int(pad_token)
+        return [[text[place] if place < len(text) else pad for text in self.texts] for place in range(start, end)]
+
+    def _longest(self) -> int:
+        """How many tokens lie behind the prompt, when all rows are finished."""
+        return max(end for end in self.ends if end is not None) - self.prompt_length
+
     def sequences(self, pad_token: Tensor | None) -> Tensor:
         """(batch, longest) token ids; finished rows end in padding."""
-        longest = max(end for end in self.ends if end is not None) - self.prompt_length
+        longest = self._longest()
         pad = 0 if pad_token is None else int(pad_token)
         texts = [text[:longest] + [pad] * (longest - len(text)) for text in self.texts]
         return torch.cat([self.prompt, torch.tensor(texts, dtype=torch.long).to(self.prompt.device)], dim=1)
 
     def stacked(self, what: list[list[Tensor]]) -> tuple[Tensor, ...]:
         """One (batch, vocab) tensor per generated position; zeros for rows that had finished before it."""
-        length = max(end for end in self.ends if end is not None) - self.prompt_length
+        length = self._longest()
         blank = next(row[0] for row in what if row).new_zeros(()) if length else None
         return tuple(
             torch.stack([row[i] if i < len(row) else blank.expand_as(what[0][0]) for row in what])
@@ -306,7 +317,6 @@ def generate_with_mtp(
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     streamer: BaseStreamer | None = None,
-    position_ids: Tensor | None = None,
 ) -> Tensor | MTPGenerateOutput:
     """The decoding loop behind `generate(use_mtp=True)`, called by it with everything prepared.
 
@@ -315,7 +325,6 @@ def generate_with_mtp(
         cache: where it holds the beginning of the prompt, only the rest is read.
         attention_mask: (batch, seq) with 0 for padding, or None.
         inputs_embeds: (batch, seq, hidden).
-        position_ids: (batch or 1, seq), in which packed documents are found, and refused.
 
     Returns:
         Token ids (batch, length), or an `MTPGenerateOutput` with `return_dict_in_generate`. A streamer finds the
@@ -341,6 +350,7 @@ def generate_with_mtp(
     choice = Choice.of(config.do_sample, logits_processor)
     rows = _Rows(input_ids, logits_processor, stopping_criteria, max_length, choice)
     statistics = MTPStatistics()
+    streamed = 1  # places behind the prompt that the streamer has been given of all rows; the first is below
 
     def choose(logits: Tensor, drafts: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         scores = rows.process(logits, drafts)
@@ -352,15 +362,20 @@ def generate_with_mtp(
         """Write what a step yields for a row, `right` drafts and a token; returns how many of them it takes."""
         added = rows.append(row, values, scores, logits, keep)
         statistics.count(offered, min(right, added, offered), added)
-        if streamer is not None:
+        if streamer is not None and batch == 1:
             streamer.put(torch.tensor(values[:added]))
+        elif streamer is not None:
+            # As in plain decoding, one token of every row: a streamer could not tell whose tokens others are.
+            nonlocal streamed
+            for tokens in rows.columns(streamed, config._pad_token_tensor):
+                streamer.put(torch.tensor(tokens))
+                streamed += 1
         return added
 
     logits = reader.read_prompt(
         input_ids[:, held:] if inputs_embeds is None else None,
         None if inputs_embeds is None else inputs_embeds[:, held:],
         config.prefill_chunk_size,
-        position_ids,
     )
     no_drafts = input_ids.new_empty(batch, 0)
     _, token, scores = choose(logits, no_drafts, logits[:, :0] if config.do_sample else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Sequence
@@ -43,12 +44,21 @@ from .quantized_layers import QuantizedExperts, QuantizedLinear
 from .remote_code import AUTO_MAP, STUB_FILE, write_stub
 from .static_cache import LONGEST_STEP, StaticHybridCache
 from .stopping_drafts import stopping_at, until_stop
-from .token_layout import TokenLayout, describe_tokens
+from .token_layout import TokenLayout, are_packed, describe_tokens
 from .unmapped_slices import unmapped_slices
 from .weight_checks import check_headers, name_truncated_file, refuse_non_finite, refuse_pickled
 
 # The argument's name before transformers 5.24, which callers will use for a while.
 _accept_old_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+# Arguments of `forward` that `generate` would hand on without use.
+_PACKED = "it continues one text a row; give packed documents as rows of their own, padded on the left"
+_NOT_IN_GENERATE = {
+    "seq_idx": _PACKED,
+    "cu_seq_lens_q": _PACKED,
+    "mtp_num_depths": "`num_assistant_tokens` says how many tokens `use_mtp` drafts",
+    "output_mtp_logits": "call the model itself for them, without a cache",
+    "loss_weights": "it computes no loss",
+}
 # Output projections write into the residual stream; their initial scale shrinks with the number of layers.
 _OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down_proj")
 
@@ -487,6 +497,18 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             raise ValueError("`use_mtp` and `custom_generate` are both a decoding loop: give one of them.")
         return super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args)
 
+    def _validate_model_kwargs(self, model_kwargs):
+        super()._validate_model_kwargs(model_kwargs)
+        for name, instead in _NOT_IN_GENERATE.items():
+            if model_kwargs.get(name) is not None:
+                raise ValueError(f"`generate` takes no `{name}`: {instead}.")
+        positions, cache = model_kwargs.get("position_ids"), model_kwargs.get("cache")
+        begins = cache is None or cache.get_seq_length() == 0
+        if begins and positions is not None and are_packed(positions, model_kwargs.get("attention_mask")):
+            raise ValueError(
+                f"`position_ids` do not go up by one within a row, and `generate` takes no packed documents: {_PACKED}."
+            )
+
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         chunk = generation_config.prefill_chunk_size
         if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
@@ -515,24 +537,55 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         refuse_stateful_processors(logits_processor)
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
         cache = kwargs.get("cache")
-        if isinstance(cache, HybridCache):
-            mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
-            held_tokens(cache, generation_config, input_ids, mask, embeds)
-        elif generation_config.use_cache:
+        if generation_config.use_cache and not isinstance(cache, HybridCache):
             raise ValueError(
                 f"Drafts are taken back from a `HybridCache`, and `cache` is a {type(cache).__name__}: leave it out or give one, "
                 "and leave `cache_implementation` out or at 'dynamic', 'static' or 'quantized'."
             )
         if not generation_config.use_mtp:
-            with stopping_at(stopping_criteria):
+            with stopping_at(stopping_criteria), self._prompt_read_once(input_ids, generation_config, kwargs):
                 return super()._assisted_decoding(*arguments, inputs_tensor=inputs_tensor, **kwargs)
-        for name in ("seq_idx", "cu_seq_lens_q", "output_mtp_logits"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"`use_mtp` knows no `{name}`: leave it out, or decode without `use_mtp`.")
         if kwargs.get("inputs_embeds") is None:
             _check_token_ids(input_ids, self.config.vocab_size)
-        names = ("streamer", "cache", "attention_mask", "inputs_embeds", "position_ids")
+        names = ("streamer", "cache", "attention_mask", "inputs_embeds")
         return generate_with_mtp(self, *arguments, **{name: kwargs.get(name) for name in names})
+
+    @contextlib.contextmanager
+    def _prompt_read_once(self, input_ids, config, kwargs):
+        # transformers' loop for drafts begins with the whole prompt in one call, whatever a given cache holds and
+        # `prefill_chunk_size` says.
+        cache, embeds, mask = (kwargs.get(name) for name in ("cache", "inputs_embeds", "attention_mask"))
+        if not isinstance(cache, HybridCache):  # with `use_cache=False` there is none
+            yield
+            return
+        held = held_tokens(cache, config, input_ids, mask, embeds)
+        length, chunk = (input_ids if embeds is None else embeds).shape[1], config.prefill_chunk_size
+        while chunk is not None and length - held > chunk:
+            piece = slice(held, held + chunk)
+            prompt = {"input_ids": input_ids[:, piece]} if embeds is None else {"inputs_embeds": embeds[:, piece]}
+            seen = cache.get_seq_length() + chunk
+            self.model(**prompt, attention_mask=None if mask is None else mask[:, :seen], cache=cache, use_cache=True)
+            held = piece.stop
+        cache.prompt_of_drafts = (held, input_ids.shape[1])
+        try:
+            yield
+        finally:
+            del cache.prompt_of_drafts
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, cache=None, attention_mask=None, inputs_embeds=None, **kwargs
+    ):
+        """As transformers'; where drafts follow a prompt, without what `cache` holds of it, and with those behind `inputs_embeds`."""
+        prompt = getattr(cache, "prompt_of_drafts", None)
+        if prompt is not None and next_sequence_length is None:
+            held, length = prompt
+            if inputs_embeds is not None:
+                drafts = self.get_input_embeddings()(input_ids[:, length:])
+                inputs_embeds = torch.cat([inputs_embeds, drafts.to(inputs_embeds)], dim=1)
+            next_sequence_length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1] - held
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, cache, attention_mask, inputs_embeds, **kwargs
+        )
 
     def _get_candidate_generator(self, *args, **kwargs):
         return until_stop(super()._get_candidate_generator(*args, **kwargs))
@@ -585,9 +638,9 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         # generate() would make a plain DynamicCache, whose Mamba layers cannot select or repeat rows. And no cache of
         # transformers' knows its length without an attention layer.
         given = model_kwargs.get("cache")
-        if generation_config.cache_implementation == "offloaded" and self.device.type != "cuda":
+        if (generation_config.cache_implementation or "").startswith("offloaded") and self.device.type != "cuda":
             raise ValueError(
-                "`cache_implementation='offloaded'` keeps keys and values in CPU memory while a GPU computes: this model is on "
+                f"`cache_implementation={generation_config.cache_implementation!r}` keeps keys and values in CPU memory while a GPU computes: this model is on "
                 f"{self.device}. Leave it out."
             )
         wanted, kv_dtype = generation_config, None

@@ -60,9 +60,11 @@ def save_snapshot(
             it: `snapshot_mask` reads it back. None where there was no padding.
 
     Raises:
-        ValueError: the cache holds padding but no mask is given, or one of another shape; it is empty, still holds tokens of a
+        ValueError: another kind of cache; it holds padding but no mask is given, or one of another shape; it is empty, still holds tokens of a
             recorded past, or rows that drafts left at different lengths.
     """
+    if not isinstance(cache, HybridCache):
+        raise ValueError(f"`cache` is a {type(cache).__name__}: a snapshot is made of a `HybridCache(model.config)`.")
     refuse_ragged(cache)
     tensors: dict[str, torch.Tensor] = {}
     if attention_mask is None and cache.holds_padding:

@@ -154,7 +154,7 @@ def describe_tokens(
         causal_mask, token_mask = attention_mask.get("full_attention"), attention_mask.get("linear_attention")
     elif attention_mask is not None and attention_mask.dim() == 2:
         if not tracing and isinstance(past, int):
-            check_mask(attention_mask, past, inputs_embeds)
+            check_mask(attention_mask, batch, past, length)
         token_mask = attention_mask[:, -length:]
 
     seq_idx = _document_ids(batch, length, position_ids, past, token_mask, seq_idx, cu_seq_lens, inputs_embeds.device)
@@ -207,14 +207,13 @@ def describe_tokens(
     return TokenLayout(causal_mask, padding, seq_idx, documents, behind_past=behind_past)
 
 
-def check_mask(attention_mask: Tensor | None, past: int, new: Tensor) -> None:
-    """Refuse a mask that is not (batch, past + seq) for `new` (batch, seq, ...) behind `past` positions.
+def check_mask(attention_mask: Tensor, batch: int, past: int, length: int) -> None:
+    """Refuse a mask of two dimensions that is not (batch, past + length).
 
     Raises:
         ValueError: naming both shapes.
     """
-    batch, length = new.shape[:2]
-    if attention_mask is not None and attention_mask.shape != (batch, past + length):
+    if attention_mask.dim() == 2 and attention_mask.shape != (batch, past + length):
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}, expected {(batch, past + length)}: one entry "
             f"for each of the {past} cached and {length} new positions of {batch} rows."
@@ -267,6 +266,14 @@ def _document_ids(
     if not tracing and bool((ids == ids[:, :1]).all()):
         return None
     return ids
+
+
+def are_packed(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether (batch, seq) positions of a whole text tell of more than one document in a row."""
+    if position_ids.dim() != 2:
+        return False
+    mask = attention_mask if attention_mask is not None and attention_mask.shape == position_ids.shape else None
+    return _document_ids(*position_ids.shape, position_ids, 0, mask, None, None, position_ids.device) is not None
 
 
 def _restarts_after_padding(position_ids: Tensor, token_mask: Tensor) -> Tensor:

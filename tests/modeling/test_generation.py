@@ -308,6 +308,25 @@ def test_output_scores_and_streamer(make_model, prompts, rules):
     assert len(statistics.acceptance_rate) <= 3 and all(0 <= rate <= 1 for rate in statistics.acceptance_rate)
 
 
+@pytest.mark.parametrize("eos", [None, list(range(20))], ids=["no end", "ends"])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_streamer_of_several_rows(cache, eos, make_model, prompts, rules):
+    """It is given a token of every row at a time, as in plain decoding, though rows go on by different numbers of drafts."""
+    model = make_model("ME*M-", seed=1, **MTP)
+    ids, mask = prompts(3, 6, True, 1)
+    options = {
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "attention_mask": mask,
+        "eos_token_id": eos,
+    }
+    plain, found = rules.Recorder(), rules.Recorder()
+    expected = model.generate(ids, streamer=plain, **options)
+    assert model.generate(ids, use_mtp=True, streamer=found, cache_implementation=cache, **options).equal(expected)
+    assert [part.tolist() for part in found.parts] == [part.tolist() for part in plain.parts] and found.ended
+
+
 def test_drafts_that_come_true(make_model, prompts):
     """Statistics where every draft is kept: a model that always writes the same token."""
     model = make_model("ME*", **MTP)
@@ -361,6 +380,59 @@ def test_the_returned_cache_continues(
         for layer, plain_layer in zip(found.cache.layers, expected.cache.layers, strict=True):
             if getattr(plain_layer, "keys", None) is not None:
                 assert layer.keys.shape == plain_layer.keys.shape
+
+
+DRAFTERS: dict[str, dict] = {
+    "none": {},
+    "MTP": {"use_mtp": True},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "assistant": {"assistant_model": None},
+}
+
+
+@pytest.mark.parametrize("made", ["growing", "fixed"])
+@pytest.mark.parametrize("how", DRAFTERS)
+def test_a_cache_that_holds_the_beginning(how, made, make_model, prompts):
+    """The prompt is the whole text, or what is new, with a mask of the whole text; nothing is read twice."""
+    model, drafts = make_model("ME*M-", seed=2, **MTP), dict(DRAFTERS[how])
+    if "assistant_model" in drafts:
+        drafts["assistant_model"] = make_model("ME*M-", seed=2)
+    rows = 2 if how in ("none", "MTP") else 1
+    ids, mask = prompts(rows, 9, True, 1)
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    expected = model.generate(ids, **options)[:, 9:]
+
+    def filled(tokens):
+        cache = HybridCache(model.config) if made == "growing" else StaticHybridCache(model.config, 32)
+        with torch.no_grad():
+            model(ids[:, :tokens], attention_mask=mask[:, :tokens], cache=cache)
+        return cache
+
+    for held in (3, 6):  # fewer and more than are new
+        for chunk in (None, 2):
+            for prompt in (ids, ids[:, held:]):
+                cache = filled(held)
+                found = model.generate(prompt, cache=cache, prefill_chunk_size=chunk, **options, **drafts)
+                assert found[:, prompt.shape[1] :].equal(expected)
+                assert cache.get_seq_length() == 16
+    with pytest.raises(ValueError, match="`cache` already holds 9 tokens, and the prompt has 9"):
+        model.generate(ids, cache=filled(9), **options, **drafts)
+
+
+def test_new_tokens_alone_fit_beside_what_is_held(make_model):
+    model, ids = make_model("ME*", **MTP), torch.full((1, 9), 5)
+    for drafts, room in (({}, 15), ({"use_mtp": True}, 23)):
+        cache = StaticHybridCache(model.config, room)
+        with torch.no_grad():
+            model(ids[:, :6], cache=cache)
+        with pytest.raises(ValueError, match=f"A prompt of 9 tokens with 8 new ones.*max_cache_len={room + 1}"):
+            model.generate(ids[:, 6:], attention_mask=torch.ones(1, 9), cache=cache, max_new_tokens=8, **drafts)
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])
@@ -466,6 +538,22 @@ def test_inputs_embeds(make_model, prompts):
     embeds = model.get_input_embeddings()(ids)
     expected = model.generate(ids, **options)[:, 7:]
     assert model.generate(inputs_embeds=embeds, use_mtp=True, **options).equal(expected)
+
+
+@pytest.mark.parametrize("how", ["MTP", "prompt lookup", "assistant"])
+def test_inputs_embeds_beside_their_tokens(how, make_model):
+    """The first drafts stand behind embeddings that were given; the prompt repeats itself, so that there are some."""
+    ids, drafts = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6, 7, 5, 6]]), dict(DRAFTERS[how])
+    for seed, scale in ((3, 1.0), (0, 4.0), (3, 4.0)):
+        model = make_model("ME*M-", seed=seed, scale=scale, **MTP)
+        if "assistant_model" in drafts:
+            drafts["assistant_model"] = make_model("ME*M-", seed=seed, scale=scale)
+        options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+        expected = model.generate(ids, **options)
+        embeds = model.get_input_embeddings()(ids)
+        for chunk in (None, 4):
+            found = model.generate(ids, inputs_embeds=embeds, prefill_chunk_size=chunk, **options, **drafts)
+            assert found.equal(expected)
 
 
 def test_several_continuations(make_model, prompts):
@@ -598,18 +686,11 @@ def test_a_prompt_of_which_nothing_is_left_is_refused(make, drafts, make_model):
 @pytest.mark.parametrize("make", [lambda c: DynamicCache(config=c), lambda c: StaticCache(config=c, max_cache_len=64)])
 def test_drafts_need_a_cache_of_our_own(make, drafts, make_model):
     model = make_model("ME*", **MTP)
+    cache = make(model.config)
     with pytest.raises(ValueError, match=r"`HybridCache`, and `cache` is a (Dynamic|Static)Cache"):
-        model.generate(torch.tensor([[3, 4]]), cache=make(model.config), max_new_tokens=3, **drafts)
-
-
-@pytest.mark.parametrize("options", WAYS, ids=str)
-def test_packed_documents_are_refused(options, make_model):
-    """As in plain decoding: nothing can go on behind several documents."""
-    model, ids = make_model("ME*", **MTP), torch.tensor([[3, 4, 5, 6]])
-    with pytest.raises(ValueError, match="packed documents"):
-        model.generate(ids, position_ids=torch.tensor([[0, 1, 0, 1]]), max_new_tokens=3, **options)
-    with pytest.raises(ValueError, match=r"packed documents|`seq_idx`"):
-        model.generate(ids, seq_idx=torch.tensor([[0, 0, 1, 1]]), max_new_tokens=3, **options)
+        model.generate(torch.tensor([[3, 4]]), cache=cache, max_new_tokens=3, **drafts)
+    with pytest.raises(ValueError, match=f"`cache` is a {type(cache).__name__}"):
+        save_snapshot(cache, "unwritten", model)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -686,6 +767,31 @@ def test_refused(case, make_model):
         make_model("ME*", **MTP).generate(torch.tensor([[3]]), use_mtp=True, max_new_tokens=3, **options)
 
 
+IN_NO_WAY: dict[str, tuple[dict, str]] = {
+    "no piece": ({"prefill_chunk_size": 0}, "`prefill_chunk_size` is 0"),
+    "documents": ({"seq_idx": torch.zeros(1, 4, dtype=torch.long)}, "`seq_idx`.*rows of their own"),
+    "positions": ({"position_ids": torch.tensor([[0, 1, 0, 1]])}, "`position_ids`.*rows of their own"),
+    "depths": ({"mtp_num_depths": 2}, "`mtp_num_depths`.*`num_assistant_tokens`"),
+    "mask": (
+        {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])},
+        r"`attention_mask` has shape \(1, 6\), expected \(1, 4\)",
+    ),
+    "no prompt": ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "prompt is empty"),
+}
+
+
+@pytest.mark.parametrize("how", ["none", "MTP", "prompt lookup"])
+@pytest.mark.parametrize("case", IN_NO_WAY)
+def test_refused_however_it_is_decoded(case, how, make_model):
+    options, named = IN_NO_WAY[case]
+    options = {"input_ids": torch.tensor([[3, 4, 5, 6]]), **options}
+    for cache in (None, "static"):
+        with pytest.raises(ValueError, match=named):
+            make_model("ME*", **MTP).generate(
+                max_new_tokens=3, do_sample=False, cache_implementation=cache, **options, **DRAFTERS[how]
+            )
+
+
 @pytest.mark.parametrize("drafts", [{}, {"use_mtp": True}], ids=str)
 def test_a_prompt_that_does_not_fit(drafts, make_model):
     model, ids = make_model("ME*", **MTP), torch.full((1, 7), 5)
@@ -700,9 +806,10 @@ def test_a_prompt_that_does_not_fit(drafts, make_model):
     assert model.generate(inputs_embeds=embeds, max_new_tokens=16, max_cache_len=22, **options).equal(fits[:, 7:])
 
 
-def test_an_offloaded_cache_needs_a_gpu(make_model):
-    with pytest.raises(ValueError, match=r"'offloaded'.*this model is on cpu"):
-        make_model("ME*").generate(torch.tensor([[3]]), cache_implementation="offloaded", max_new_tokens=3)
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_an_offloaded_cache_needs_a_gpu(implementation, make_model):
+    with pytest.raises(ValueError, match=f"'{implementation}'.*this model is on cpu"):
+        make_model("ME*").generate(torch.tensor([[3]]), cache_implementation=implementation, max_new_tokens=3)
 
 
 def test_refused_without_mtp_or_with_another_drafter(make_model):
