@@ -34,6 +34,13 @@ class _FrozenLinear(torch.autograd.Function):
         return grad @ ctx.dequantize(*stored, dtype=grad.dtype), None, *(None for _ in stored)
 
 
+def _times(x: Tensor, dequantize: Callable[..., Tensor], *stored: Tensor) -> Tensor:
+    # Without gradients a compiler cannot trace the function with its setup apart.
+    if torch.is_grad_enabled():
+        return _FrozenLinear.apply(x, dequantize, *stored)
+    return F.linear(x, dequantize(*stored, dtype=x.dtype))
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rounded: Tensor) -> Tensor:
@@ -61,7 +68,7 @@ def nvfp4_linear(
     Returns:
         (..., out) in the dtype of x.
     """
-    return finished(_FrozenLinear.apply(x, dequantize_nvfp4, packed, scale, global_scale), relu2, plus)
+    return finished(_times(x, dequantize_nvfp4, packed, scale, global_scale), relu2, plus)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, relu2: bool = False, plus: tuple[Tensor, ...] = ()) -> Tensor:
@@ -74,7 +81,7 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, relu2: bool = False, pl
     Returns:
         (..., out) in the dtype of x.
     """
-    return finished(_FrozenLinear.apply(x, dequantize_fp8, weight, scale), relu2, plus)
+    return finished(_times(x, dequantize_fp8, weight, scale), relu2, plus)
 
 
 def simulate_nvfp4(x: Tensor, global_scale: Tensor) -> Tensor:

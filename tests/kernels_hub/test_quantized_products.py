@@ -107,3 +107,15 @@ def test_simulated_inputs(name):
     x.requires_grad_()
     simulate(x, scales[0][1]).sum().backward()
     assert x.grad.eq(1).all()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_frozen_products_are_compiled_whole(grad):
+    x, weight, scale = torch.randn(3, 32), torch.randn(8, 32).to(torch.float8_e4m3fn), torch.tensor(0.5)
+    packed = torch.randint(0, 256, (8, 16), dtype=torch.uint8), torch.ones(8, 2).to(torch.float8_e4m3fn), scale
+    for product, stored in ((quantized_linear.fp8_linear, (weight, scale)), (quantized_linear.nvfp4_linear, packed)):
+        with torch.set_grad_enabled(grad):
+            found = torch.compile(product, backend="aot_eager", fullgraph=True)(
+                x.clone().requires_grad_(grad), *stored
+            )
+            torch.testing.assert_close(found, product(x, *stored))
