@@ -112,7 +112,7 @@ def _conv_backward_op(
 def _(grad, x, weight, bias, state, seq_idx):
     work = torch.promote_types(x.dtype, torch.float32)
     state_grad = x.new_empty((x.shape[0], *weight.shape), dtype=work)
-    return x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0]), state_grad
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]), state_grad
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import own_precision
 from .stochastic_round import store_as
 from .time_step import ANY_STEP, decay, time_step
 
@@ -55,11 +56,12 @@ def selective_state_update(
     new.mul_(torch.exp(dt * A).to(work)[:, :, None, None])
     flat = new.view(batch * groups, rows, state_size)
     x_work = x.to(work)
-    flat.baddbmm_(
-        (x_work * dt.to(work).unsqueeze(-1)).reshape(batch * groups, rows, 1),
-        B.to(work).reshape(batch * groups, 1, state_size),
-    )
-    y = torch.linalg.vecdot(flat, C.to(work).reshape(batch * groups, 1, state_size)).view(batch, heads, head_dim)
+    with own_precision(x):
+        flat.baddbmm_(
+            (x_work * dt.to(work).unsqueeze(-1)).reshape(batch * groups, rows, 1),
+            B.to(work).reshape(batch * groups, 1, state_size),
+        )
+        y = torch.linalg.vecdot(flat, C.to(work).reshape(batch * groups, 1, state_size)).view(batch, heads, head_dim)
     if new is not state:
         state.copy_(store_as(new, state.dtype))
     return torch.addcmul(y, x_work, D.to(work).unsqueeze(-1)).to(x.dtype)

@@ -48,5 +48,6 @@ def step_and_decay(
     step = time_step(dt, dt_bias, dt_limit)
     if lengths is not None:
         # A time step of zero leaves the state as it is.
-        step = step * (torch.arange(dt.shape[1], device=dt.device) < lengths.unsqueeze(1)).unsqueeze(-1)
+        padding = torch.arange(dt.shape[1], device=dt.device) >= lengths.unsqueeze(1)
+        step = step.masked_fill(padding.unsqueeze(-1), 0)
     return step, decay(A_log)

@@ -391,6 +391,27 @@ def test_documents_of_one_token_and_of_none(check):
     check("causal_conv1d", [normal(1, 9, 16), normal(16, TAPS), None, None, args[-1]])
 
 
+@pytest.mark.parametrize("source", ["torch", "triton"])
+def test_what_padding_holds_does_not_matter(source):
+    """Time steps behind a row's tokens, and weights of tokens that have nothing to predict, may be no numbers."""
+    dt = torch.zeros(2, 3, 4, device=DEVICE)
+    dt[0, 2], dt[1, 1:] = torch.inf, torch.nan
+    hidden, weight = normal(3, 16).requires_grad_(), normal(8, 16)
+    targets = torch.tensor([1, -100, 4], device=DEVICE)
+    with use_kernels(source):
+        with torch.no_grad():
+            steps, _ = registry.step_and_decay(dt, dt[0, 0], dt[0, 0], lengths=torch.tensor([2, 1], device=DEVICE))
+        results = []
+        for none in (0.0, torch.inf):
+            loss, _ = registry.linear_cross_entropy(
+                hidden, weight, targets, torch.tensor([0.5, none, 2.0], device=DEVICE)
+            )
+            results.append((loss, *torch.autograd.grad(loss, hidden)))
+    assert not steps[0, 2].any() and not steps[1, 1:].any()
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     "op, args, words",
     [

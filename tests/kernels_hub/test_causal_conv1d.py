@@ -150,3 +150,8 @@ def test_operator_registration(case, grad, dtype):
         documents(2, length, 0) if case == "packed" else None,
     )
     torch.library.opcheck(torch.ops.nemotron_super.causal_conv1d.default, arguments)
+    x, weight, *others = (None if t is None else t.detach() for t in arguments)
+    torch.library.opcheck(
+        torch.ops.nemotron_super.causal_conv1d_backward.default,
+        (torch.ones_like(x), x, weight.t().contiguous().t(), *others),
+    )

@@ -106,3 +106,15 @@ def test_dtypes(dtype, state_dtype):
 def test_time_steps_keep_float64():
     dt, bias, A_log = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((2, 3, 4), (4,), (4,)))
     assert torch.autograd.gradcheck(step_and_decay, (dt, bias, A_log))
+
+
+def test_autocast_leaves_the_recurrence_alone():
+    state, x, dt, A, B, C, D = (t.float() for t in make_inputs(2, 2, 2, 4, 5))
+    results = []
+    for autocast in (False, True):
+        kept, leaf = state.clone(), x.unsqueeze(1).clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = selective_state_update(kept, x, dt, A, B, C, D)
+            scanned = ssd_chunk_scan(leaf, dt.unsqueeze(1), A, B.unsqueeze(1), C.unsqueeze(1), D)
+            results.append((y, kept, *scanned, *torch.autograd.grad(scanned[0].square().sum(), leaf)))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

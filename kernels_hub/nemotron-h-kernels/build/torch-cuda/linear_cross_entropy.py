@@ -109,7 +109,10 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, vocab = hidden.shape[0], weight.shape[0]
     losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
-    counts = torch.ones_like(losses) if weights is None else weights.float().contiguous()
+    counts = torch.ones_like(losses)
+    if weights is not None:
+        # Where there is nothing to predict a weight may be anything, such as one over no tokens.
+        counts = weights.float().masked_fill(targets == ignore_index, 0).contiguous()
     targets, step = targets.contiguous(), _rows_at_once(hidden, weight, chunk, for_weight)
     grad_hidden = torch.empty(hidden.shape if for_hidden else 0, dtype=hidden.dtype, device=hidden.device)
     # Blocks add up in float32, whatever the dtype of the weight; a single one needs no sum.
