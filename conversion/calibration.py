@@ -38,8 +38,8 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Tensor], cache: bool = T
         The same model, in the mode (training or not) it was in.
 
     Raises:
-        ValueError: the model has no quantised layer, or some on disk; there is no batch, something that is no batch, or an activation that is
-            not finite.
+        ValueError: the model has no quantised layer, or some on disk; there is no batch, something that is no batch, or an
+            activation that is not finite.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear | QuantizedExperts)}

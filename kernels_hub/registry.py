@@ -576,9 +576,8 @@ def _parse(setting: str, said_by: str = SETTING) -> dict[str, str]:
 
 
 _environment = _parse(os.environ.get(SETTING, ""))
-_contexts: list[
-    Callable[[dict[str, str]], dict[str, str]]
-] = []  # that last, each what it makes of what was forced before
+# Those that last: what each makes of what was forced before it.
+_contexts: list[Callable[[dict[str, str]], dict[str, str]]] = []
 _forced = _environment
 
 

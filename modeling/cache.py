@@ -11,10 +11,13 @@ import functools
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+from transformers.utils.deprecation import deprecate_kwarg
 
 from ..configuration.configuration_nemotron_h import NemotronHConfig
 from .fp8_cache import FP8, Fp8CacheLayer
 
+# The argument's name before transformers 5.24, which callers will use for a while.
+accept_old_cache_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
 # How many of the newest tokens a recorded past can take back.
 ROLLBACK_LIMIT = 64
 

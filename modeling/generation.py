@@ -27,9 +27,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .cache import ROLLBACK_LIMIT, HybridCache
-from .captured_decoding import CapturedReader, HostCopy, check_room_for, give_back_cache, held_tokens
+from .captured_decoding import CapturedReader, HostCopy, give_back_cache
 from .choosing import Choice, draw
 from .drafting import MOST_DEPTHS, GrowingReader
+from .prompt import check_room_for, held_tokens
 from .speculative import accept, target_tokens
 from .static_cache import LONGEST_STEP, StaticHybridCache
 from .stopping_rules import UsualRules

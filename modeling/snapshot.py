@@ -60,8 +60,8 @@ def save_snapshot(
             it: `snapshot_mask` reads it back. None where there was no padding.
 
     Raises:
-        ValueError: another kind of cache; it holds padding but no mask is given, or one of another shape; it is empty, still holds tokens of a
-            recorded past, or rows that drafts left at different lengths.
+        ValueError: another kind of cache; it holds padding but no mask is given, or one of another shape; it is empty, still
+            holds tokens of a recorded past, or rows that drafts left at different lengths.
     """
     if not isinstance(cache, HybridCache):
         raise ValueError(f"`cache` is a {type(cache).__name__}: a snapshot is made of a `HybridCache(model.config)`.")

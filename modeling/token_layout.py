@@ -220,6 +220,22 @@ def check_mask(attention_mask: Tensor, batch: int, past: int, length: int) -> No
         )
 
 
+def check_token_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Refuse ids that no embedding has, where looking costs no waiting.
+
+    Raises:
+        ValueError: naming one.
+    """
+    # On a GPU this would wait for the device; there the embedding kernel asserts.
+    if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"`input_ids` holds {wrong}, outside the vocabulary of {vocab_size} tokens (0 to {vocab_size - 1})."
+            )
+
+
 def _layer_kinds(config: NemotronHConfig) -> set[str]:
     return {*config.layers_block_type, *(config.mtp_layers_block_type or ())}
 
