@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .reference.dispatch import no_gradient
 from .reference.stochastic_round import STOCHASTIC
 from .reference.time_step import ANY_STEP, decay, time_step
 
@@ -157,24 +156,14 @@ def _conv_limits(
 
 
 def _conv_update_limits(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    return no_gradient(state, x, weight, bias) or _taps(weight)
+    return _taps(weight)
 
 
-def _state_update_limits(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor | None = None,
-    *time_step: Any,
-    **named: Any,
-) -> str | None:
+def rounds_to_nearest(state: Tensor, *others: Any, **named: Any) -> str | None:
+    """Of a kernel that does: why it cannot serve a state that has to be rounded stochastically, or None."""
     if state.dtype in STOCHASTIC:
-        return f"`state` is {state.dtype}, which has to be rounded stochastically; mamba-ssm rounds to nearest"
-    return no_gradient(state, x, dt, A, B, C, D, dt_bias)
+        return f"`state` is {state.dtype}, which has to be rounded stochastically; the kernel rounds to nearest"
+    return None
 
 
 PACKAGES: dict[str, Package] = {
@@ -182,7 +171,7 @@ PACKAGES: dict[str, Package] = {
     "causal_conv1d_update": Package("causal_conv1d", "causal_conv1d", "causal_conv1d_update", _conv_update_limits),
     "ssd_chunk_scan": Package("mamba_ssm", "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined", _any),
     "selective_state_update": Package(
-        "mamba_ssm", "mamba_ssm.ops.triton.selective_state_update", "selective_state_update", _state_update_limits
+        "mamba_ssm", "mamba_ssm.ops.triton.selective_state_update", "selective_state_update", rounds_to_nearest
     ),
     "gated_rms_norm": Package("mamba_ssm", "mamba_ssm.ops.triton.layernorm_gated", "rmsnorm_fn", _any),
     "rms_norm": Package("liger_kernel", "liger_kernel.ops.rms_norm", "LigerRMSNormFunction.apply", _any),

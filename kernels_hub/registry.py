@@ -22,7 +22,7 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,7 +36,6 @@ from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
 from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
 from .reference.causal_conv1d import conv_misfit
 from .reference.decode_attention import decode_attention as _decode_attention
-from .reference.dispatch import no_gradient
 from .reference.fill_slots import fill_slots as _fill_slots
 from .reference.keep_drafts import keep_drafts as _keep_drafts
 from .reference.likeliest import likeliest as _likeliest
@@ -57,7 +56,6 @@ from .reference.rms_norm import rms_norm as _rms_norm
 from .reference.selective_state_update import selective_state_update as _selective_state_update
 from .reference.ssd_chunk_scan import scan_misfit
 from .reference.ssd_chunk_scan import ssd_chunk_scan as _ssd_chunk_scan
-from .reference.stochastic_round import STOCHASTIC
 from .reference.time_step import step_and_decay as _step_and_decay
 from .reference.topk_routing import route_few_tokens as _route_few_tokens
 from .reference.topk_routing import router_logits as _router_logits
@@ -113,7 +111,7 @@ def _conv_limits(
 
 
 def _conv_update_limits(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    return no_gradient(state, x, weight, bias) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+    return _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
 def _scan_limits(
@@ -145,25 +143,11 @@ def _scan_limits(
 def _step_limits(dt: Tensor, dt_bias: Tensor, A_log: Tensor, *time_step: Any, **named: Any) -> str | None:
     if not 0 < dt.shape[0] < 65536:
         return f"`dt` has {dt.shape[0]} rows, a launch takes 1 to 65535"
-    return no_gradient(dt, dt_bias, A_log) or _dtype_of("dt", dt)
+    return _dtype_of("dt", dt)
 
 
-def _state_update_limits(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor | None = None,
-    *time_step: Any,
-    **named: Any,
-) -> str | None:
-    if state.dtype in STOCHASTIC:
-        return f"`state` is {state.dtype}, which has to be rounded stochastically; the kernel rounds to nearest"
-    gradient = no_gradient(state, x, dt, A, B, C, D, dt_bias)
-    return gradient or _dtype_of("x", x) or _dense_tail("state", state, 2)
+def _state_update_limits(state: Tensor, x: Tensor, *others: Any, **named: Any) -> str | None:
+    return conventions.rounds_to_nearest(state) or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
 def _logits_limits(x: Tensor, weight: Tensor) -> str | None:
@@ -278,13 +262,12 @@ def _conv_replay_limits(
     settled: int = 0,
     kept: Tensor | None = None,
 ) -> str | None:
-    gradient = no_gradient(state, x, weight, bias, drafts)
     if drafts is None:
-        return gradient or _replayed(0, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+        return _replayed(0, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
     if drafts.dtype != x.dtype or x.shape[1] > drafts.shape[1]:
         return f"`drafts` is {drafts.dtype} {tuple(drafts.shape)}, it has to take `x`, {x.dtype} {tuple(x.shape)}"
     dense = _dense_tail("state", state, 2) or _dense_tail("drafts", drafts, 1)
-    return gradient or _replayed(drafts.shape[1], settled) or _dtype_of("x", x) or dense
+    return _replayed(drafts.shape[1], settled) or _dtype_of("x", x) or dense
 
 
 def _state_replay_limits(
@@ -296,17 +279,15 @@ def _state_replay_limits(
     C: Tensor,
     D: Tensor,
     settled: int = 0,
-    kept: Tensor | None = None,
-    dt_bias: Tensor | None = None,
     *time_step: Any,
     **named: Any,
 ) -> str | None:
-    if settled and state.dtype in STOCHASTIC:
-        return f"`state` is {state.dtype}, which has to be rounded stochastically; the kernel rounds to nearest"
+    nearest = conventions.rounds_to_nearest(state) if settled else None
+    if nearest is not None:
+        return nearest
     if x.shape[1] > 96:
         return f"{x.shape[1]} tokens, the kernel replays up to 96"
-    gradient = no_gradient(state, x, dt, A, B, C, D, dt_bias)
-    return gradient or _replayed(x.shape[1], settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+    return _replayed(x.shape[1], settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
 def _replayed(tokens: int, settled: int) -> str | None:
@@ -314,13 +295,13 @@ def _replayed(tokens: int, settled: int) -> str | None:
 
 
 def _small_linear_limits(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu2: bool = False, plus: tuple[Tensor, ...] = ()
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *epilogue: Any, **named: Any
 ) -> str | None:
     if x.numel() > 64 * x.shape[-1]:
         return f"`x` is {tuple(x.shape)}, the kernel serves (..., in) with up to 64 tokens in all"
     if weight.dtype != x.dtype:
         return f"`x` and `weight` are {x.dtype} and {weight.dtype}: the kernel wants one dtype"
-    return no_gradient(x, weight, bias, *plus) or _dtype_of("x", x)
+    return _dtype_of("x", x)
 
 
 def _joint_linear_limits(x: Tensor, weights: Sequence[Tensor]) -> str | None:
@@ -343,9 +324,6 @@ def _decode_attention_limits(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> str | None:
-    gradient = no_gradient(query, key, value)
-    if gradient is not None:
-        return gradient
     fp8 = key.dtype == torch.float8_e4m3fn
     if value.dtype != key.dtype or (key.dtype != query.dtype and not fp8):
         return f"`query`, `key` and `value` are {query.dtype}, {key.dtype} and {value.dtype}"
@@ -376,9 +354,6 @@ def _fill_slots_limits(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> str | None:
-    gradient = no_gradient(keys, values, new_keys, new_values)
-    if gradient is not None:
-        return gradient
     fp8 = k_scale is not None
     if fp8 != (v_scale is not None) or new_values.dtype != new_keys.dtype:
         return "the kernel wants keys and values of one dtype, and scales for both or for none"
@@ -435,10 +410,15 @@ def _cross_entropy_limits(
 
 
 class Op:
-    """One op: call it with the arguments of its reference, and what serves best answers."""
+    """One op: call it with the arguments of its reference, and what serves best answers.
 
-    def __init__(self, name: str, reference: Callable, limits: Callable):
-        self.name, self.reference, self.limits = name, reference, limits
+    Args:
+        limits: why the bundled kernel cannot serve such arguments, or None.
+        gradient: whether kernels have one; without it they serve where nothing wants one.
+    """
+
+    def __init__(self, name: str, reference: Callable, limits: Callable, gradient: bool = True):
+        self.name, self.reference, self.limits, self.gradient = name, reference, limits, gradient
         self.kernels: dict[str, Callable] = {}  # by source, once loaded
 
     def __call__(self, *args: Any, hub: Callable | None = None, **kwargs: Any) -> Any:
@@ -450,7 +430,7 @@ class Op:
         first = args[0] if args else _first_tensor(kwargs)
         if forced == "torch" or (forced is None and not first.is_cuda):
             return self.reference(*args, **kwargs)
-        if forced is None and _bundled_alone(first.device) and self.limits(*args, **kwargs) is None:
+        if forced is None and _bundled_alone(first.device) and self._within(self.limits, args, kwargs) is None:
             return self._kernel("triton")(*args, **kwargs)
         source, kernel, reason = self.choose(*args, **kwargs)
         if forced is not None and source != forced:
@@ -472,8 +452,14 @@ class Op:
 
     def _cannot_serve(self, source: str, first: Tensor, *args: Any, **kwargs: Any) -> str | None:
         if source == "package":
-            return _dtype_of("the first argument", first) or conventions.PACKAGES[self.name].limits(*args, **kwargs)
-        return self.limits(*args, **kwargs)
+            limits = conventions.PACKAGES[self.name].limits
+            return _dtype_of("the first argument", first) or self._within(limits, args, kwargs)
+        return self._within(self.limits, args, kwargs)
+
+    def _within(self, limits: Callable, args: tuple, kwargs: dict[str, Any]) -> str | None:
+        if not self.gradient and torch.is_grad_enabled() and _wants_gradient((*args, *kwargs.values())):
+            return "the kernel has no gradient: call it under `torch.no_grad()`"
+        return limits(*args, **kwargs)
 
     def _kernel(self, source: str) -> Callable:
         if source not in self.kernels:
@@ -486,15 +472,24 @@ class Op:
         return self.kernels[source]
 
 
+def _wants_gradient(values: Iterable[Any]) -> bool:
+    return any(
+        value.requires_grad
+        if isinstance(value, Tensor)
+        else isinstance(value, list | tuple) and _wants_gradient(value)
+        for value in values
+    )
+
+
 def _first_tensor(named: dict[str, Any]) -> Tensor:
     return next(value for value in named.values() if isinstance(value, Tensor))
 
 
 causal_conv1d = Op("causal_conv1d", _causal_conv1d, _conv_limits)
-causal_conv1d_update = Op("causal_conv1d_update", _causal_conv1d_update, _conv_update_limits)
+causal_conv1d_update = Op("causal_conv1d_update", _causal_conv1d_update, _conv_update_limits, gradient=False)
 ssd_chunk_scan = Op("ssd_chunk_scan", _ssd_chunk_scan, _scan_limits)
-step_and_decay = Op("step_and_decay", _step_and_decay, _step_limits)
-selective_state_update = Op("selective_state_update", _selective_state_update, _state_update_limits)
+step_and_decay = Op("step_and_decay", _step_and_decay, _step_limits, gradient=False)
+selective_state_update = Op("selective_state_update", _selective_state_update, _state_update_limits, gradient=False)
 rms_norm = Op("rms_norm", _rms_norm, _norm_limits)
 gated_rms_norm = Op("gated_rms_norm", _gated_rms_norm, _gated_norm_limits)
 router_logits = Op("router_logits", _router_logits, _logits_limits)
@@ -506,23 +501,32 @@ nvfp4_experts = Op("nvfp4_experts", _nvfp4_experts, _packed_experts_limits)
 fp8_experts = Op("fp8_experts", _fp8_experts, _packed_experts_limits)
 linear_cross_entropy = Op("linear_cross_entropy", _linear_cross_entropy, _cross_entropy_limits)
 relu_squared = Op("relu_squared", _relu_squared, _relu_squared_limits)
-small_batch_linear = Op("small_batch_linear", _small_batch_linear, _small_linear_limits)
-fill_slots = Op("fill_slots", _fill_slots, _fill_slots_limits)
-decode_attention = Op("decode_attention", _decode_attention, _decode_attention_limits)
+small_batch_linear = Op("small_batch_linear", _small_batch_linear, _small_linear_limits, gradient=False)
+fill_slots = Op("fill_slots", _fill_slots, _fill_slots_limits, gradient=False)
+decode_attention = Op("decode_attention", _decode_attention, _decode_attention_limits, gradient=False)
 likeliest = Op("likeliest", _likeliest, _likeliest_limits)
 keep_drafts = Op("keep_drafts", _keep_drafts, _keep_drafts_limits)
 # Made of other ops: where these kernels do not serve, what serves those does.
-joint_linear = Op("joint_linear", functools.partial(_joint_linear, multiply=small_batch_linear), _joint_linear_limits)
+joint_linear = Op(
+    "joint_linear", functools.partial(_joint_linear, multiply=small_batch_linear), _joint_linear_limits, gradient=False
+)
 causal_conv1d_replay = Op(
-    "causal_conv1d_replay", functools.partial(_causal_conv1d_replay, conv=causal_conv1d), _conv_replay_limits
+    "causal_conv1d_replay",
+    functools.partial(_causal_conv1d_replay, conv=causal_conv1d),
+    _conv_replay_limits,
+    gradient=False,
 )
 selective_state_replay = Op(
-    "selective_state_replay", functools.partial(_selective_state_replay, scan=ssd_chunk_scan), _state_replay_limits
+    "selective_state_replay",
+    functools.partial(_selective_state_replay, scan=ssd_chunk_scan),
+    _state_replay_limits,
+    gradient=False,
 )
 route_few_tokens = Op(
     "route_few_tokens",
     functools.partial(_route_few_tokens, logits_of=router_logits, choose=topk_routing, multiply=small_batch_linear),
     _route_few_limits,
+    gradient=False,
 )
 add_rms_norm = Op("add_rms_norm", functools.partial(_add_rms_norm, norm=rms_norm), _add_norm_limits)
 

@@ -84,7 +84,7 @@ class NemotronHGenerationMixin(GenerationMixin):
                 f"`prefill_chunk_size` is {chunk}: give the number of tokens to read at once, at least 1, or leave it out."
             )
         if generation_config.use_mtp:
-            if "prepare_inputs_for_generation" in vars(self):
+            if self._has_learnt_prompt():
                 raise ValueError(
                     "`use_mtp` reads token ids alone, and an adapter puts a learnt prompt before them (PEFT's prompt tuning): "
                     "decode without `use_mtp`."
@@ -97,6 +97,10 @@ class NemotronHGenerationMixin(GenerationMixin):
                 )
         else:
             super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _has_learnt_prompt(self) -> bool:
+        # PEFT's prompt tuning puts it before the tokens by a function of its own in the place of ours.
+        return "prepare_inputs_for_generation" in vars(self)
 
     def _assisted_decoding(
         self, input_ids, logits_processor, stopping_criteria, generation_config, inputs_tensor=None, **kwargs
@@ -172,10 +176,9 @@ class NemotronHGenerationMixin(GenerationMixin):
         looks_inside = generation_config.return_dict_in_generate and (
             generation_config.output_attentions or generation_config.output_hidden_states
         )
-        # Recorded steps hand out logits only, and several processes would have to record the same ones. An adapter's learnt prompt
-        # comes from `prepare_inputs_for_generation`, which PEFT then puts in the place of ours.
-        prompted = "prepare_inputs_for_generation" in vars(self)
-        if not isinstance(model_kwargs.get("cache"), StaticHybridCache) or looks_inside or synced_gpus or prompted:
+        # Recorded steps hand out logits only and read token ids alone, and several processes would have to record the same ones.
+        elsewhere = looks_inside or synced_gpus or self._has_learnt_prompt()
+        if elsewhere or not isinstance(model_kwargs.get("cache"), StaticHybridCache):
             return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         return sample_captured(self, *arguments, streamer, model_kwargs)
 

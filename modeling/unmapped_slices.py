@@ -11,7 +11,7 @@ import math
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -51,13 +51,13 @@ class UnmappedSlice:
         self._file, self._name, self._place, self._slice = file, name, place, file.get_slice(name)
         bits = re.search(r"\d+", self._slice.get_dtype())  # "BF16", "F8_E4M3"
         self.nbytes = math.prod(self._slice.get_shape()) * (int(bits[0]) if bits else 8) // 8
-        self.room = Room(self.nbytes)
+        self.room: Room | None = None  # where its place is known
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._slice, name)
 
     def __getitem__(self, index: Any) -> Tensor:
-        with self.room.take(self.nbytes):
+        with nullcontext() if self.room is None else self.room.take(self.nbytes):
             # A slice is a copy of what was read, even where it is all of it.
             tensor = self._file.get_tensor(self._name) if index is ... else self._slice[index]
             return tensor if self._place is None else tensor.to(self._place)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import as_operator, misshapen
+from .dispatch import as_operator, misshapen, refuse
 
 # Positions per pass of the backward; its temporaries then stay in cache whatever the length.
 _BLOCK = 256
@@ -167,9 +167,7 @@ def causal_conv1d(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    misfit = conv_misfit(x, weight, bias, state, seq_idx)
-    if misfit is not None:
-        raise ValueError(f"{misfit}.")
+    refuse(conv_misfit(x, weight, bias, state, seq_idx))
     return (_conv_op if as_operator() else _conv)(x, weight, bias, state, seq_idx)
 
 

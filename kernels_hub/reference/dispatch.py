@@ -1,4 +1,4 @@
-"""What comes before an op: whether its plain function will do, whether its arguments fit together, who wants a gradient."""
+"""What comes before an op: whether its plain function will do, whether its arguments fit together, what autocast leaves alone."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ def misshapen(*expected: tuple[str, Tensor | None, tuple[int, ...]]) -> str | No
     return None
 
 
-def no_gradient(*tensors: Tensor | None) -> str | None:
-    """Of a kernel without a gradient: why it cannot serve where one of these wants one, or None."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return "the kernel has no gradient: call it under `torch.no_grad()`"
-    return None
+def refuse(reason: str | None) -> None:
+    """
+    Raises:
+        ValueError: a reason is given.
+    """
+    if reason is not None:
+        raise ValueError(f"{reason}.")
 
 
 def own_precision(x: Tensor) -> contextlib.AbstractContextManager:

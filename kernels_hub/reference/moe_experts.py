@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import as_operator, misshapen
+from .dispatch import as_operator, misshapen, refuse
 
 _FEW = 8  # tokens up to which sorting costs more than it saves on a CPU
 # Numbers in the chosen experts' matrices that may be copied side by side; those of large models stay where they are.
@@ -180,9 +180,7 @@ def moe_experts(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Ten
     Raises:
         ValueError: shapes that do not fit together.
     """
-    misfit = experts_misfit(x, index, weights, up, down)
-    if misfit is not None:
-        raise ValueError(f"{misfit}.")
+    refuse(experts_misfit(x, index, weights, up, down))
     if as_operator():
         return _experts_op(x, index, weights, up, down)[0]
     if x.shape[0] <= _FEW and index.numel() * up[0].numel() <= _COPIED and x.device.type == "cpu":

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import refuse
 from .moe_experts import pairs_misfit
 from .quantized_linear import fp8_linear, nvfp4_linear, simulate_fp8, simulate_nvfp4
 
@@ -31,9 +32,7 @@ def _experts(
     simulate: Callable[[Tensor, Tensor], Tensor],
     low_rank: Mapping[str, LowRank] = MappingProxyType({}),
 ) -> Tensor:
-    misfit = pairs_misfit(x, index, weights)
-    if misfit is not None:
-        raise ValueError(f"{misfit}.")
+    refuse(pairs_misfit(x, index, weights))
     tokens, top_k = index.shape
     if tokens == 0:
         return x

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import as_operator, misshapen, own_precision
+from .dispatch import as_operator, misshapen, own_precision, refuse
 
 # Numbers in the largest temporary. On a CPU it should stay in the second-level cache of two cores; a GPU wants width.
 _DECAY_BUDGET = {"cpu": 1 << 18, "cuda": 1 << 26}
@@ -386,10 +386,7 @@ def ssd_chunk_scan(
     Raises:
         ValueError: shapes that do not fit together; a chunk without positions.
     """
-    misfit = scan_misfit(x, dt, A, B, C, D, initial_state, seq_idx)
-    if misfit is None and chunk_size < 1:
-        misfit = f"`chunk_size` is {chunk_size}, it has to be 1 at least"
-    if misfit is not None:
-        raise ValueError(f"{misfit}.")
+    refuse(scan_misfit(x, dt, A, B, C, D, initial_state, seq_idx))
+    refuse(f"`chunk_size` is {chunk_size}, it has to be 1 at least" if chunk_size < 1 else None)
     with own_precision(x):
         return (_scan_op if as_operator() else _forward)(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
