@@ -87,7 +87,7 @@ class GrowingReader:
         ).last_hidden_state
 
     def read_prompt(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, chunk: int | None) -> Tensor:
-        """Read what of the prompt the cache does not hold yet, in chunks if asked.
+        """Read a prompt, or what of it the cache does not hold yet, in chunks if asked.
 
         Args:
             input_ids: (batch, seq); or `inputs_embeds` (batch, seq, hidden).
