@@ -698,9 +698,12 @@ def _capability(index: int | None) -> tuple[int, int]:
     return _capabilities[index]
 
 
+BUNDLED = "nemotron_h_kernels_bundled"  # as which the bundled kernels are imported
+
+
 def _bundle() -> ModuleType:
     """The bundled kernels, imported from their files as the `kernels` library does: their folder is no package name."""
-    name = "nemotron_h_kernels_bundled"
+    name = BUNDLED
     if name not in sys.modules:
         file = BUNDLE / "build" / "torch-cuda" / "__init__.py"
         spec = importlib.util.spec_from_file_location(name, file)

@@ -13,8 +13,9 @@ reads along. Taking drafts back is a smaller position for attention, and for Mam
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch import Tensor
@@ -60,6 +61,18 @@ def give_back_cache(model, cache: StaticHybridCache, batch: int) -> None:
 def forget_idle_caches(model) -> None:
     """Free the fixed-size caches, and the graphs, that earlier calls of `generate` left for later ones."""
     _idle.pop(model, None)
+
+
+@contextlib.contextmanager
+def idle_caches_aside(model) -> Iterator[None]:
+    """Inside, no cache of an earlier call is borrowed, and those that are left here are freed."""
+    aside = _idle.pop(model, None)
+    try:
+        yield
+    finally:
+        forget_idle_caches(model)
+        if aside is not None:
+            _idle[model] = aside
 
 
 def _cache_kind(model, batch: int, kv_dtype: torch.dtype | None) -> tuple:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels_hub import registry
+from ..kernels_hub import compile_ahead, registry
 
 # Graphs of one cache: beyond these the one that was not used for longest is forgotten. Each way to sample has graphs of its own.
 _MOST_GRAPHS = 64
@@ -128,7 +128,7 @@ class CUDAGraphs:
 
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Run a step that works on fixed addresses only. Calls with equal `key` do the same to the same tensors."""
-        if self.reason is not None:
+        if self.reason is not None or compile_ahead.active():
             step()
             return
         if key not in self._warm:
