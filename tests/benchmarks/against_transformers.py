@@ -172,6 +172,15 @@ def hardware(device: str) -> str:
     return f"{names[0] if names else platform.processor()}, 2 threads"
 
 
+def results_file(what: str, device: str) -> Path:
+    """Where a run is kept: of a GPU, in a folder with the name of its kind, such as `h100`."""
+    if device == "cpu":
+        return RESULTS / f"{what}_cpu.json"
+    folder = RESULTS / hardware(device).removeprefix("NVIDIA ").split()[0].lower()
+    folder.mkdir(exist_ok=True)
+    return folder / f"{what}.json"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("device", choices=SHAPES)
@@ -222,8 +231,7 @@ def main() -> None:
             "command": f"python tests/benchmarks/against_transformers.py {options.device} --save",
             "runs": runs,
         }
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"against_transformers_{options.device}.json").write_text(json.dumps(record, indent=1) + "\n")
+        results_file("against_transformers", options.device).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

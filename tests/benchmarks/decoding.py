@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from against_transformers import RESULTS, SHAPES, hardware
+from against_transformers import RESULTS, SHAPES, hardware, results_file
 from nemotron_super import HybridCache, NemotronHConfig, NemotronHForCausalLM
 from nemotron_super.modeling.cache import Mamba2CacheLayer
 from nemotron_super.modeling.captured_decoding import CapturedReader, DecodeStep, forget_idle_caches
@@ -393,14 +393,13 @@ def main() -> None:
             "parameters": sum(p.numel() for p in model.parameters()),
             **rounded,
         }
-        file = RESULTS / f"decoding_{shape}.json"
-        file.parent.mkdir(exist_ok=True)
+        file = results_file("decoding", "cuda") if shape == "cuda" else RESULTS / f"decoding_{shape}.json"
         if options.only and file.exists():
             before = json.loads(file.read_text())
             record = {**before, **rounded, "dates": {**before["dates"], **record["dates"]}}
         file.write_text(json.dumps(record, indent=1) + "\n")
         if "context" in found:
-            plot(found["context"], RESULTS / f"decoding_memory_{shape}.png")
+            plot(found["context"], file.with_name(file.stem.replace("decoding", "decoding_memory") + ".png"))
 
 
 if __name__ == "__main__":

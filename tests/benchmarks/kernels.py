@@ -16,15 +16,14 @@ import datetime
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import triton
+from against_transformers import results_file
 from nemotron_super import NemotronHConfig, preset
 from nemotron_super.kernels_hub import conventions, registry
 from nemotron_super.kernels_hub.registry import use_kernels
 
-RESULTS = Path(__file__).parent / "results"
 BF16, F32 = 2, 4
 
 
@@ -373,7 +372,7 @@ def main() -> None:
                 {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items() if v == v} for row in rows
             ],
         }
-        (RESULTS / f"kernels_{options.model}.json").write_text(json.dumps(record, indent=1) + "\n")
+        results_file(f"kernels_{options.model}", "cuda").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import nemotron_super
 import numpy as np
 import torch
 import transformers
-from against_transformers import RESULTS, hardware
+from against_transformers import hardware, results_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
@@ -122,7 +122,7 @@ def main() -> None:
             "new tokens": options.new_tokens,
             "runs": rows,
         }
-        (RESULTS / f"mtp_{device}.json").write_text(json.dumps(record, indent=1) + "\n")
+        results_file("mtp", device).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from against_transformers import RESULTS, hardware
+from against_transformers import hardware, results_file
 from nemotron_super import NemotronHForCausalLM, preset
 from nemotron_super.training.evaluation import evaluate_windows
 from nemotron_super.training.load_balancing import RouterLoads, update_correction_bias
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "differences of the held-out loss": {name: [round(v, 5) for v in row] for name, row in apart.items()},
     }
     if options.save:
-        (RESULTS / f"same_loss_{device}.json").write_text(json.dumps(record, indent=1) + "\n")
+        results_file("same_loss", device).write_text(json.dumps(record, indent=1) + "\n")
     return record
 
 

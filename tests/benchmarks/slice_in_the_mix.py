@@ -14,7 +14,7 @@ import json
 
 import torch
 import transformers
-from against_transformers import RESULTS, SHAPES, hardware
+from against_transformers import SHAPES, hardware, results_file
 from nemotron_super import NemotronHConfig, preset
 from super_on_one_gpu import build, gigabytes, seconds, step_seconds
 
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
             "cache": options.cache,
             "runs": runs,
         }
-        (RESULTS / f"slice_in_the_mix_{options.device}.json").write_text(json.dumps(record, indent=1) + "\n")
+        results_file("slice_in_the_mix", options.device).write_text(json.dumps(record, indent=1) + "\n")
     return runs
 
 

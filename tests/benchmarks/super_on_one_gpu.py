@@ -23,7 +23,7 @@ import time
 
 import torch
 import transformers
-from against_transformers import RESULTS, hardware
+from against_transformers import hardware, results_file
 from decoding import Statistics
 from nemotron_super import NemotronHConfig, NemotronHForCausalLM, NVFP4Config, preset
 from nemotron_super.conversion.quantizer import install_empty
@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> dict:
             "found": found,
         }
         what = "super_on_one_gpu_unread" if options.unread else "super_on_one_gpu"
-        (RESULTS / f"{what}_{options.device}.json").write_text(json.dumps(record, indent=1) + "\n")
+        results_file(what, options.device).write_text(json.dumps(record, indent=1) + "\n")
     return found
 
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from against_transformers import RESULTS, SHAPES, hardware
+from against_transformers import SHAPES, hardware, results_file
 
 MTP = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
 DEPTHS = 2
@@ -179,7 +179,7 @@ def main() -> None:
             "runs": runs,
             "loss": heads,
         }
-        (RESULTS / f"training_{device}.json").write_text(json.dumps(record, indent=1) + "\n")
+        results_file("training", device).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
