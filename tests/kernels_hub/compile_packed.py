@@ -1,4 +1,4 @@
-"""Compile the kernels of packed weights for GPUs that are not there, and print what came out, as JSON.
+"""Compile the kernels of weights that are packed, or were, for GPUs that are not there, and print what came out, as JSON.
 
     python tests/kernels_hub/compile_packed.py          (with TRITON_INTERPRET unset)
 
@@ -19,7 +19,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-INT_ALIGNED = ("rows", "width", "depth_each", "row_bytes", "stretch")
+INT_ALIGNED = ("rows", "width", "depth_each", "row_bytes", "stretch", "words", "outputs", "depth", "x_stride")
 
 
 def compiled(kernel, types: dict[str, str], constants: dict, capability: int, **options):
@@ -27,7 +27,7 @@ def compiled(kernel, types: dict[str, str], constants: dict, capability: int, **
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
-        if kind.startswith("*") or name in INT_ALIGNED
+        if (kind.startswith("*") or name in INT_ALIGNED) and not kernel.params[names.index(name)].do_not_specialize
     }
     signature = {name: types.get(name, "constexpr") for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
@@ -46,7 +46,8 @@ def spilled(binary: bytes) -> int:
 
 
 def main() -> None:
-    packed = sys.modules[f"{registry._bundle().__name__}._packed"]
+    bundle = registry._bundle().__name__
+    packed, grouped = (sys.modules[f"{bundle}.{module}"] for module in ("_packed", "grouped_experts"))
     cases = {}
     for bits, capability in ((4, 90), (8, 90), (4, 80), (8, 80)):
         words, assembly = "*i64", bits == 4 or capability == 90
@@ -99,17 +100,25 @@ def main() -> None:
             constants |= {"RELU2": True, "M": size, "N": n, "K": k}
             name = f"tiles {bits} {capability} {size}{' transposed' if transposed else ''}"
             cases[name] = compiled(packed._tiles_kernel, types, constants, capability, num_warps=4, num_stages=3)
-        types = {
-            "weight": "*u8",
-            "block_scale": "*u8",
-            "scale": "*fp32",
-            "out": "*bf16",
-            "rows": "i32",
-            "width": "i32",
-        }
-        constants = {"BITS": bits, "R": 16, "C": 256}
-        cases[f"unpack {bits} {capability}"] = compiled(
-            packed._unpack_kernel, types, constants, capability, num_warps=4
+        types = {"weight": "*i32", "block_scale": "*u8", "scale": "*fp32", "words": "i32"}
+        for out in ("bf16", "fp32"):
+            cases[f"unpack {bits} {capability} {out}"] = compiled(
+                packed._unpack_kernel,
+                types | {"out": f"*{out}"},
+                {"BITS": bits, "W": 64 * bits},
+                capability,
+                num_warps=4,
+            )
+    for name, tiling in (("up", grouped._UP), ("down", grouped._DOWN)):
+        n, k, warps, stages, _, flatten = tiling
+        types = dict.fromkeys(("rows", "begins", "blocks"), "*i32")
+        types |= dict.fromkeys(("first_expert", "end_expert", "outputs", "depth", "x_stride"), "i32")
+        types |= {"x": "*bf16" if name == "up" else f"tensordesc<bf16[128, {k}]>", "out": "*bf16"}
+        types["weight"] = f"tensordesc<bf16[{n}, {k}]>"
+        constants = {"GATHER": name == "up", "RELU2": name == "up", "EVEN": True, "FLATTEN": flatten}
+        constants |= {"M": 128, "N": n, "K": k}
+        cases[f"grouped {name} 90"] = compiled(
+            grouped._product_kernel, types, constants, 90, num_warps=warps, num_stages=stages
         )
     print(
         json.dumps(

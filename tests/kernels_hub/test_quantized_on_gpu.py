@@ -1,6 +1,7 @@
 """The kernels of packed weights compiled, at the shapes of Nemotron 3 Super, on a GPU."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -92,8 +93,9 @@ def super_experts(request):
 
 
 @pytest.mark.parametrize("routing", ["any", "one"])
-@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 64, 300, 5000])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 64, 300, 4000, 5000])
 def test_experts(super_experts, tokens, routing):
+    """As a stream; in tiles; and, 5,000 tokens, 214 pairs an expert, unpacked in memory."""
     name, up, down = super_experts
     x, weights = normal(tokens, LATENT), torch.rand(tokens, TOP_K, device="cuda")
     index = torch.rand(tokens, EXPERTS, device="cuda").topk(TOP_K).indices
@@ -109,6 +111,35 @@ def test_experts(super_experts, tokens, routing):
         y = hidden @ exact(name, [t[e] for t in down]).t()
         truth.index_add_(0, token, weights[token, choice].double()[:, None] * y)
     assert_close(results["triton"], results["torch"], truth)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_unpacked_in_parts(name, monkeypatch):
+    """Of 250 pairs an expert: all at once or in parts, the last of them smaller, it is the same to the bit."""
+    quantized = sys.modules[f"{registry._bundle().__name__}.quantized_experts"]
+    up, down = stacked(name, 16, INNER, LATENT), stacked(name, 16, LATENT, INNER)
+    x, weights = normal(1000, LATENT), torch.rand(1000, 4, device="cuda")
+    index = torch.rand(1000, 16, device="cuda").topk(4).indices
+    op, parts, unpack_into = getattr(registry, f"{name}_experts"), [], quantized.unpack_into
+
+    def watched(packed, out):
+        parts.append(len(out))
+        return unpack_into(packed, out)
+
+    monkeypatch.setattr(quantized, "unpack_into", watched)
+    with torch.no_grad(), use_kernels("triton"):
+        whole = op(x, index, weights, up, down)
+        monkeypatch.setattr(quantized, "_ROOM", 6 * INNER * LATENT * 2)
+        assert op(x, index, weights, up, down).equal(whole)
+        assert parts == [16, 16] + [6, 6, 4] * 2
+        monkeypatch.setattr(quantized, "_MANY", 1000)
+        in_tiles = op(x, index, weights, up, down)
+    with torch.no_grad(), use_kernels("torch"):
+        same = op(x, index, weights, up, down)
+    wide = [torch.stack([exact(name, [t[e] for t in m]) for e in range(16)]) for m in (up, down)]
+    truth = registry.moe_experts.reference(x.double(), index, weights.double(), *wide)
+    for found in (whole, in_tiles):
+        assert_close(found, same, truth)
 
 
 @pytest.mark.parametrize("tokens", [3, 100, 2000])

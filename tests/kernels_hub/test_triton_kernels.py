@@ -354,9 +354,8 @@ def test_experts_of_a_prompt(check, tokens, experts, data, width, intermediate, 
     x = torch.cat([x, x], 1).bfloat16()[:, :width]
     bundle = registry._bundle().__name__
     # Otherwise torch's grouped_mm would answer, and be compared with itself.
-    assert sys.modules[f"{bundle}.grouped_experts"].serves(
-        *(t.to("cuda" if ON_GPU else "cpu").bfloat16() for t in (x, up, down))
-    )
+    on_device = [t.to("cuda" if ON_GPU else "cpu").bfloat16() for t in (x, up, down)]
+    assert sys.modules[f"{bundle}.grouped_experts"].serves(on_device[0], experts, *on_device[1:])
     assert index.numel() <= sys.modules[f"{bundle}.moe_experts"]._READING * experts
     check("moe_experts", [x, index, weights, up.bfloat16(), down.bfloat16()], grad=False)
 
@@ -370,7 +369,7 @@ def test_experts_with_gradients(check, tokens, experts, routing, seed):
     check("moe_experts", [x.bfloat16(), index, weights, up.bfloat16(), down.bfloat16()], seed=seed)
 
 
-@pytest.mark.parametrize("tokens, experts, top_k", [(300, 9, 4), (200, 40, 1), (26, 3, 3)])
+@pytest.mark.parametrize("tokens, experts, top_k", [(300, 9, 4), (200, 40, 1), (26, 3, 3), (99, 16, 2)])
 def test_pairs_are_placed_by_expert_in_order(tokens, experts, top_k):
     """Against a stable sort; the blocks are as long as may be, and hold every row once."""
     grouped = sys.modules[f"{registry._bundle().__name__}.grouped_experts"]
@@ -381,14 +380,33 @@ def test_pairs_are_placed_by_expert_in_order(tokens, experts, top_k):
     keys, order = index.flatten().sort(stable=True)
     assert placed.rows.cpu().tolist() == (order // top_k).tolist()
     assert placed.place.cpu()[order].tolist() == list(range(tokens * top_k))
-    expected, begin = [], 0
+    expected: list[list[int]] = []
+    begins, begin = [], 0
     for expert, count in enumerate(keys.bincount(minlength=experts).tolist()):
+        begins.append(len(expected))
         starts = range(begin, begin + count, 64)
         expected += [[expert, start, min(start + 64, begin + count)] for start in starts]
         begin += count
-    number, *blocks = placed.blocks.cpu().tolist()
-    assert number == len(expected)
-    assert blocks[: 3 * number] == [value for block in expected for value in block]
+    assert placed.begins.cpu().tolist() == [*begins, len(expected)]
+    assert placed.blocks.cpu().tolist()[: 3 * len(expected)] == [value for block in expected for value in block]
+
+
+@pytest.mark.parametrize("routing", ["any", "one", "avoid"])
+def test_experts_in_parts(routing):
+    """Weights that come some experts at a time, the last part smaller, give what they give all at once, to the bit."""
+    grouped = sys.modules[f"{registry._bundle().__name__}.grouped_experts"]
+    tokens, experts, width, inner = 150, 7, 64, 136
+    x, up, down = (
+        t.to("cuda" if ON_GPU else "cpu").bfloat16()
+        for t in normal(0, (tokens, width), (experts, inner, width), (experts, width, inner))
+    )
+    index = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).topk(2).indices.to(x.device)
+    if routing != "any":
+        index = index.clamp(5, 5) if routing == "one" else index.clamp(min=3)
+    whole, place = grouped.grouped_experts(x, index, (up,), (down,), experts, inner)
+    for some in (1, 3, 6):
+        parts, again = grouped.grouped_experts(x, index, up.split(some), down.split(some), experts, inner)
+        assert parts.equal(whole) and again.equal(place)
 
 
 def settlement(batch, tokens, seed):

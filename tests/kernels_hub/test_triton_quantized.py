@@ -200,6 +200,58 @@ def test_every_byte_is_decoded():
             assert packed_module.stream(unit, None, packed)[0].equal(column.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(40, 64), (1, 3, 16), (5, 7, 48), (3, 33, 272), (2, 0, 16), (0, 8, 16)])
+@pytest.mark.parametrize("name", NAMES)
+def test_unpacked_in_memory(name, shape, dtype):
+    """Matrices and stacks with a scale for each, of fewer words than a program takes and of several programs, to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    *stack, rows, width = shape
+    scale = torch.rand(stack, generator=generator) * 10 ** torch.empty(stack).uniform_(-9, 9, generator=generator)
+    codes, block_scale = torch.randint(256, (*stack, rows, width // 2), generator=generator, dtype=torch.uint8), None
+    if name == "fp8":
+        codes = torch.where(codes % 128 == 127, 0, codes)  # without NaN
+        units = codes.view(torch.float8_e4m3fn).float()
+    else:
+        block_scale = torch.randint(1, 127, (*stack, rows, width // 16), generator=generator, dtype=torch.uint8)
+        units = dequantize_nvfp4(codes, block_scale.view(torch.float8_e4m3fn), torch.ones(()), torch.float32)
+    packed = codes.to(DEVICE), None if block_scale is None else block_scale.to(DEVICE), scale.to(DEVICE)
+    found = bundled("_packed").unpack(packed, dtype)
+    assert found.dtype == dtype and found.cpu().equal((units * scale[..., None, None]).to(dtype))
+
+
+@pytest.mark.parametrize("routing", ["any", "one", "avoid"])
+@pytest.mark.parametrize("experts", [1, 2, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_unpacked_in_parts(name, experts, routing, monkeypatch):
+    """What many pairs an expert take, forced on a few, with room for two experts: one part, several, and a smaller last one."""
+    quantized, unpacked = bundled("quantized_experts"), []
+    tokens, width, inner, top_k = 150, 64, 144, min(2, experts)
+    monkeypatch.setattr(quantized, "_MANY", 0)
+    monkeypatch.setattr(quantized, "_ROOM", 2 * width * inner * 2 + 1)
+    unpack_into = quantized.unpack_into
+
+    def watched(packed, out):
+        unpacked.append(out)
+        return unpack_into(packed, out)
+
+    monkeypatch.setattr(quantized, "unpack_into", watched)
+    x, weights, up, down = normal(
+        0, (tokens, width), (tokens, top_k), (experts, inner, width), (experts, width, inner)
+    )
+    (up, exact_up), (down, exact_down) = stored(name, up), stored(name, down)
+    index = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).topk(top_k).indices
+    index = index.clamp(min={"any": 0, "one": experts - 1, "avoid": experts // 2}[routing]).to(DEVICE)
+    x = x.bfloat16()
+    with torch.no_grad(), use_kernels("triton"):
+        found = getattr(registry, f"{name}_experts")(x, index, weights, up, down)
+    args = (index, weights, exact_up, exact_down)
+    check_against([found], [plain_experts(x, *args)], [plain_experts(x.double(), *args)])
+    parts = {1: [1], 2: [2], 5: [2, 2, 1]}[experts]
+    assert [t.shape[0] for t in unpacked] == parts * 2
+    assert len({t.data_ptr() for t in unpacked}) == 1  # one place for all
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_long_rows_in_parts(name):
     """Rows that one stretch of words does not hold: their sums are added with the experts'."""
@@ -240,11 +292,13 @@ def test_they_compile(tmp_path):
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     cases = json.loads(done.stdout)
-    assert len(cases) == 26
+    assert len(cases) == 32
     for name, found in cases.items():
         assert not found["flushes"] and found["spilled"] == 0, name
-        assert found["tensor cores"] == name.startswith(("few", "tiles")), name
+        assert found["tensor cores"] == name.startswith(("few", "tiles", "grouped")), name
         assert found["shared"] <= (163 if " 80" in name else 227) * 1024, name
+        if name.startswith("unpack") and name.endswith("bf16"):
+            assert not found["shared"], f"{name}: numbers are stored by other threads than read them"
 
 
 @pytest.mark.parametrize("grad", [False, True])

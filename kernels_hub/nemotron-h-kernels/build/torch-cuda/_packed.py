@@ -1,4 +1,4 @@
-"""Weights in FP8 and NVFP4, read where they are packed: how they are decoded, multiplied by and unpacked.
+"""Weights in FP8 and NVFP4: how they are decoded, multiplied by where they are packed, and unpacked in memory.
 
     FP8:   w = e4m3(byte) * scale                     one float32 scale a matrix
     NVFP4: w = e2m1(code) * e4m3(byte) * scale        16 codes share an e4m3 byte; of the two codes in a byte the low one is first
@@ -9,7 +9,8 @@ hold it are refused when they are loaded.
 
 Three ways to multiply, by the number of vectors. `stream` takes single ones: instructions, not bytes, are what decoding runs out
 of, so two codes share each (assembly; Triton has no pairs of float16). `few` takes up to eight in one pass over the weight and
-`tiles` any number, both on tensor cores; a code times its block's scale has at most six bits, exact in bfloat16.
+`tiles` any number, both on tensor cores; a code times its block's scale has at most six bits, exact in bfloat16. `tiles` unpacks
+a weight anew for every block of vectors; where these are many, `unpack` does it once, for a product of unpacked weights.
 """
 
 from __future__ import annotations
@@ -95,13 +96,13 @@ _PAIR = tl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
 
 
 @triton.jit
-def _e4m3(word, AT: tl.constexpr = 0):
+def _e4m3(word, AT=0):
     """Byte AT of the four in an int32, a float8_e4m3fn, to float32 times 2^-120: sign to bit 31, the rest to 26..20."""
     return (((word.to(tl.int32) << (24 - 8 * AT)) >> 4) & -2014314496).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _e2m1(word, AT: tl.constexpr):
+def _e2m1(word, AT):
     """Code AT of the eight in an int32 to float32 times 2^-126: sign to bit 31, exponent and mantissa to 24..22."""
     return (((word << (28 - 4 * AT)) >> 6) & -2118123520).to(tl.float32, bitcast=True)
 
@@ -538,14 +539,23 @@ def _tiles_kernel(
     tl.store(out + at[:, None] + n[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _unpack_kernel(weight, block_scale, scale, out, rows, width, BITS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    column = tl.program_id(1) * C
-    value = _tile(weight, block_scale, r, column, rows, width, BITS, C) * (256.0 if BITS == 4 else 1.0)
-    c = column + tl.arange(0, C)
-    value = (value * tl.load(scale)).to(out.dtype.element_ty)
-    tl.store(out + (r * width)[:, None] + c[None, :], value, mask=(r < rows)[:, None] & (c < width)[None, :])
+# Loads of several words together, which multiples of 16 allow, would pass through shared memory to the threads that store.
+@triton.jit(do_not_specialize=["words"])
+def _unpack_kernel(weight, block_scale, scale, out, words, BITS: tl.constexpr, W: tl.constexpr):
+    """The numbers of a matrix's 32-bit `words` to `out`, W words a program; program (., m) has words of matrix m of a stack."""
+    NUMBERS: tl.constexpr = 32 // BITS
+    matrix = tl.program_id(1).to(tl.int64)
+    w = tl.program_id(0) * W + tl.arange(0, W)
+    at, place = matrix * words + w, tl.arange(0, NUMBERS)[None, :]
+    packed = tl.load(weight + at, mask=w < words, other=0)[:, None]
+    factor = tl.load(scale + matrix) * (256.0 if BITS == 4 else 1.0)
+    if BITS == 4:
+        step = tl.load(block_scale + at // 2, mask=w < words, other=0)
+        value = _e2m1(packed, place) * ((_e4m3(step) * (2.0**120)) * (2.0**118))[:, None]
+    else:
+        value = _e4m3(packed, place) * (2.0**120)
+    to = (at * NUMBERS)[:, None] + place
+    tl.store(out + to, (value * factor).to(out.dtype.element_ty), mask=(w < words)[:, None])
 
 
 def shape_of(packed: Packed) -> tuple[int, int, int]:
@@ -782,23 +792,28 @@ def tiles(
     return out
 
 
-def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """The numbers of one matrix, (rows, width) in `dtype`, rounded once."""
-    rows, width, bits = shape_of(packed)
+def unpack_into(packed: Packed, out: Tensor) -> Tensor:
+    """The numbers of a matrix, or of a stack, to `out` (..., rows, width), contiguous, rounded once to its dtype."""
     codes, block_scale, scale = packed
-    out = torch.empty(rows, width, dtype=dtype, device=codes.device)
+    rows, width, bits = shape_of(packed)
+    words, step = rows * width * bits // 32, 64 * bits
     if out.numel():
         with on(codes):
-            _unpack_kernel[(cdiv(rows, 16), cdiv(width, 256))](
-                codes.view(torch.uint8),
+            _unpack_kernel[(cdiv(words, step), scale.numel())](
+                codes.view(torch.int32),
                 codes if block_scale is None else block_scale,
                 scale,
                 out,
-                rows,
-                width,
+                words,
                 bits,
-                16,
-                256,
+                step,
                 num_warps=4,
             )
     return out
+
+
+def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The numbers of a matrix, or of a stack, (..., rows, width) in `dtype`, rounded once."""
+    codes = packed[0]
+    shape = *codes.shape[:-1], shape_of(packed)[1]
+    return unpack_into(packed, torch.empty(shape, dtype=dtype, device=codes.device))

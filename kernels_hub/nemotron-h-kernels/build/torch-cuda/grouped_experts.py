@@ -10,10 +10,14 @@ tile in the cache. Tokens are gathered, and the activation applied, on the way i
 
 The number of blocks is known to the device alone, so a fixed number of programs walks over them. Nothing waits for the host, and
 pairs of one expert keep the order of their tokens, so that results do not vary from run to run.
+
+Weights come in parts, of some experts each: those of `quantized_experts.py`, whose longer prompts are multiplied here, are packed
+and need not all be unpacked at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -50,7 +54,8 @@ class Placed(NamedTuple):
 
     place: Tensor  # (pairs,) int64: the sorted row of each pair
     rows: Tensor  # (pairs,) int32: the token of each sorted row
-    blocks: Tensor  # int32: how many blocks there are; then of each its expert, first row and the row after its last
+    begins: Tensor  # (experts + 1,) int32: the number of each expert's first block, then of all blocks
+    blocks: Tensor  # int32: of each block its expert, first row and the row after its last
 
 
 @triton.jit
@@ -68,6 +73,7 @@ def _place_kernel(
     counts,
     place,
     rows,
+    begins,
     blocks,
     pairs,
     parts,
@@ -95,9 +101,10 @@ def _place_kernel(
     if part == parts:
         count = (total + M - 1) // M
         number = tl.cumsum(count, 0) - count
-        tl.store(blocks, tl.sum(count, 0))
+        tl.store(begins + e, number)
+        tl.store(begins + E, tl.sum(count, 0))
         for b in range(0, tl.max(count, 0)):
-            at = blocks + 1 + 3 * (number + b)
+            at = blocks + 3 * (number + b)
             tl.store(at, e, mask=b < count)
             tl.store(at + 1, begin + b * M, mask=b < count)
             tl.store(at + 2, begin + tl.minimum(total, (b + 1) * M), mask=b < count)
@@ -115,13 +122,16 @@ def _place_kernel(
         tl.store(rows + row, i // TOP_K, mask=i < pairs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert", "end_expert"])
 def _product_kernel(
     x,
     rows,
+    begins,
     blocks,
     weight,
     out,
+    first_expert,
+    end_expert,
     outputs,
     depth,
     x_stride,
@@ -133,18 +143,21 @@ def _product_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
 ):
-    """out[row] = weight[expert of row] x[row], with GATHER x[rows[row]], with RELU2 relu(.)^2 of it.
+    """out[row] = weight[expert of row] x[row], with GATHER x[rows[row]], with RELU2 relu(.)^2 of it, for some experts' rows.
 
-    `weight` (experts * outputs, depth) and, without GATHER, `x` are descriptors. Their tiles may reach into the next expert or the
-    next block's rows, whose products are not stored. EVEN: K divides depth.
+    `weight` (experts * outputs, depth), of the experts from `first_expert` to before `end_expert`, and, without GATHER, `x` are
+    descriptors. Their tiles may reach into the next expert or the next block's rows, whose products are not stored. EVEN: K
+    divides depth.
     """
     stripes = tl.cdiv(outputs, N)
     k = tl.arange(0, K)
     # Stripes of a block run side by side, then the next block, often of the same expert: both find in the cache what they share.
-    tiles = tl.load(blocks) * stripes
+    begin = tl.load(begins + first_expert)
+    tiles = (tl.load(begins + end_expert) - begin) * stripes
+    blocks += 3 * begin
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        at = blocks + 1 + 3 * (tile // stripes)
-        expert, first, last = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+        at = blocks + 3 * (tile // stripes)
+        expert, first, last = tl.load(at) - first_expert, tl.load(at + 1), tl.load(at + 2)
         n0 = (tile % stripes) * N
         row = first + tl.arange(0, M)
         inside = (row < last)[:, None]
@@ -176,54 +189,70 @@ def place_pairs(index: Tensor, experts: int, m: int) -> Placed:
     parts, padded = cdiv(pairs, _PAIRS), block(experts)
     most = pairs // m + min(pairs, experts)
     place = torch.empty(pairs, dtype=torch.int64, device=index.device)
-    rows, blocks, counts = torch.empty(
-        pairs + 1 + 3 * most + parts * padded, dtype=torch.int32, device=index.device
-    ).split_with_sizes([pairs, 1 + 3 * most, parts * padded])
+    sizes = [pairs, padded + 1, 3 * most, parts * padded]
+    memory = torch.empty(sum(sizes), dtype=torch.int32, device=index.device)
+    rows, begins, blocks, counts = memory.split_with_sizes(sizes)
     with on(index):
         _count_kernel[(parts,)](index, counts, pairs, padded, _PAIRS, num_warps=4)
         _place_kernel[(parts + 1,)](
-            index, counts, place, rows, blocks, pairs, parts, top_k, padded, _PAIRS, 16, 8, m, num_warps=8
+            index, counts, place, rows, begins, blocks, pairs, parts, top_k, padded, _PAIRS, 16, 8, m, num_warps=8
         )
-    return Placed(place, rows, blocks)
+    return Placed(place, rows, begins[: experts + 1], blocks)
 
 
-def product(x: Tensor, placed: Placed, weight: Tensor, m: int, tiling: Tiling, gather: bool, relu2: bool) -> Tensor:
+def product(
+    x: Tensor,
+    placed: Placed,
+    weights: Iterable[Tensor],
+    outputs: int,
+    m: int,
+    tiling: Tiling,
+    gather: bool,
+    relu2: bool,
+) -> Tensor:
     """Sorted rows times their experts' weights.
 
     Args:
         x: (pairs, depth), sorted; with `gather` (tokens, depth).
-        weight: (experts, outputs, depth), contiguous.
+        weights: those of all experts in parts, each (some, outputs, depth), contiguous, and launched with before the next is
+            asked for.
         m: rows of a block.
 
     Returns:
         (pairs, outputs) in the dtype of x.
     """
-    experts, outputs, depth = weight.shape
-    pairs = placed.rows.numel()
+    pairs, depth = placed.rows.numel(), x.shape[1]
     n, k, warps, stages, programs, flatten = tiling
     out = torch.empty(pairs, outputs, dtype=x.dtype, device=x.device)
-    tiles = (pairs // m + min(pairs, experts)) * cdiv(outputs, n)
     source = x if gather else TensorDescriptor.from_tensor(x, [m, k])
-    with on(x):
-        _product_kernel[(min(tiles, programs * gpu(x.device)[0]),)](
-            source,
-            placed.rows,
-            placed.blocks,
-            TensorDescriptor.from_tensor(weight.view(experts * outputs, depth), [n, k]),
-            out,
-            outputs,
-            depth,
-            x.stride(0),
-            gather,
-            relu2,
-            depth % k == 0,
-            flatten,
-            m,
-            n,
-            k,
-            num_warps=warps,
-            num_stages=stages,
-        )
+    first = 0
+    for weight in weights:
+        experts = weight.shape[0]
+        tiles = (pairs // m + min(pairs, experts)) * cdiv(outputs, n)  # if all pairs are of these experts
+        with on(x):
+            _product_kernel[(min(tiles, programs * gpu(x.device)[0]),)](
+                source,
+                placed.rows,
+                placed.begins,
+                placed.blocks,
+                TensorDescriptor.from_tensor(weight.view(experts * outputs, depth), [n, k]),
+                out,
+                first,
+                first + experts,
+                outputs,
+                depth,
+                x.stride(0),
+                gather,
+                relu2,
+                depth % k == 0,
+                flatten,
+                m,
+                n,
+                k,
+                num_warps=warps,
+                num_stages=stages,
+            )
+        first += experts
     return out
 
 
@@ -232,25 +261,29 @@ def rows_of_a_block(tokens: int, top_k: int, experts: int) -> int:
     return 64 if tokens * top_k <= _SHORT * experts else 128
 
 
-def serves(x: Tensor, up: Tensor, down: Tensor) -> bool:
+def serves(x: Tensor, experts: int, *weights: Tensor) -> bool:
     """Whether the kernel can: Hopper or later, bfloat16, rows of a multiple of 16 bytes that begin at such an address."""
-    aligned = not (up.shape[1] % 8 or up.shape[2] % 8 or any(t.data_ptr() % 16 for t in (x, up, down)))
-    return x.dtype == torch.bfloat16 and up.shape[0] <= 1024 and aligned and gpu(x.device)[1] >= (9, 0)
+    aligned = not any(t.shape[-1] % 8 or t.data_ptr() % 16 for t in (x, *weights))
+    return x.dtype == torch.bfloat16 and experts <= 1024 and aligned and gpu(x.device)[1] >= (9, 0)
 
 
-def grouped_experts(x: Tensor, index: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def grouped_experts(
+    x: Tensor, index: Tensor, up: Iterable[Tensor], down: Iterable[Tensor], experts: int, inner: int
+) -> tuple[Tensor, Tensor]:
     """Outputs of the chosen experts, each pair's by itself, and where they lie.
 
     Args:
         x: (tokens, width) bfloat16; at least one token.
         index: (tokens, top_k) int64.
-        up: (experts, intermediate, width), contiguous; `down` (experts, width, intermediate), contiguous.
+        up: the experts' weights in parts, as `product` takes them: (some, inner, width); `down` (some, width, inner).
+        experts: how many there are.
+        inner: the width between their products.
 
     Returns:
         (pairs, width) sorted by expert, and the row of each of the (tokens * top_k) pairs in it.
     """
-    m = rows_of_a_block(*index.shape, up.shape[0])
+    m = rows_of_a_block(*index.shape, experts)
     x = x if x.stride(-1) == 1 and x.stride(0) % 8 == 0 else x.contiguous()
-    placed = place_pairs(index, up.shape[0], m)
-    hidden = product(x, placed, up, m, _UP, gather=True, relu2=True)
-    return product(hidden, placed, down, m, _DOWN, gather=False, relu2=False), placed.place
+    placed = place_pairs(index, experts, m)
+    hidden = product(x, placed, up, inner, m, _UP, gather=True, relu2=True)
+    return product(hidden, placed, down, x.shape[1], m, _DOWN, gather=False, relu2=False), placed.place

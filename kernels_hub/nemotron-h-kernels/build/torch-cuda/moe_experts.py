@@ -244,9 +244,10 @@ def _(x, index, weights, up, down):
 def _inference(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
     if x.shape[0] <= _FEW or x.dtype == torch.float32:
         return _few_tokens(x, index, weights, up, down)
-    if index.numel() <= _READING * up.shape[0] and serves(x, up, down):
-        return _combine(*grouped_experts(x, index, up, down), weights, *index.shape, x)
-    return _many_tokens(x, sort_pairs(index, up.shape[0]), weights, up, down, keep_hidden=False)[0]
+    experts, inner = up.shape[:2]
+    if index.numel() <= _READING * experts and serves(x, experts, up, down):
+        return _combine(*grouped_experts(x, index, (up,), (down,), experts, inner), weights, *index.shape, x)
+    return _many_tokens(x, sort_pairs(index, experts), weights, up, down, keep_hidden=False)[0]
 
 
 @_inference.register_fake

@@ -1,23 +1,34 @@
 """Routed experts whose frozen weights are in FP8 or NVFP4: down(relu(up(x))^2), weighted and summed over the chosen experts.
 
 Few tokens read each chosen expert as a stream, one program for a few rows of one token's one expert. Many are sorted by expert
-and multiplied in tiles, which unpack what they need. Nothing is unpacked in memory and nothing waits for the host. Gradients
-reach the tokens and their experts' weights; the backward multiplies by the same packed matrices.
+and multiplied in tiles, which unpack what they need. For more, without gradients, experts are unpacked in memory, some at a time,
+and multiplied as in bfloat16 (`grouped_experts.py`). Nothing waits for the host. Gradients reach the tokens and their experts'
+weights; the backward multiplies by the same packed matrices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from ._launch import on
+from ._launch import cdiv, on
 from ._operator import operator
-from ._packed import Packed, in_pairs, shape_of, stream, tiles
+from ._packed import Packed, in_pairs, shape_of, stream, tiles, unpack_into
+from .grouped_experts import grouped_experts, serves
 from .moe_experts import SortedPairs, _between_products_kernel, _combine, sort_pairs
 from .relu_squared import relu_squared_into
 
 # Tokens up to which every pair reads weights of its own, by the bits of these: for more, a block of each expert's pairs is faster.
 _FEW = {4: 32, 8: 20}
+# Pairs an expert has on average from which its weights are unpacked in memory; tiles unpack them again for every block of 128.
+# Of Super's experts in NVFP4 on an H200 (2026-12-01) tiles took 2.6 ms at 88 pairs and 7.2 ms at 352. Unpacking took 1.75 ms at
+# both, and the products 1.75 and 4.25 ms, 3.5 and 6.0 ms together: lines through these meet between 170 and 200.
+_MANY = 192
+# Bytes for unpacked weights, of as many experts at a time as fit: 128 of Super's. All 512 would take 2.8 GB, which the model does
+# not leave of 80 GB; 128 still keep a GPU busy.
+_ROOM = 672 << 20
 
 
 def _matrices(codes: Tensor, block_scale: Tensor | None, scale: Tensor) -> Packed:
@@ -49,6 +60,24 @@ def _many_tokens(
     squared = relu_squared_into(hidden, torch.empty_like(hidden)) if keep_hidden else hidden
     y = tiles(squared, down, (order, ends, 1, size))
     return _combine(y, inverse, weights, tokens, top_k, x), hidden
+
+
+def _in_parts(packed: Packed, room: Tensor) -> Iterator[Tensor]:
+    """The numbers of a stack, as many matrices at a time as `room` (matrices, numbers of one) holds, all in that one place."""
+    codes, block_scale, scale = packed
+    rows, width, _ = shape_of(packed)
+    for first in range(0, scale.numel(), room.shape[0]):
+        part = slice(first, first + room.shape[0])
+        some = codes[part], None if block_scale is None else block_scale[part], scale[part]
+        yield unpack_into(some, room[: some[2].numel()].view(-1, rows, width))
+
+
+def _very_many_tokens(x: Tensor, index: Tensor, weights: Tensor, up: Packed, down: Packed) -> Tensor:
+    experts, (inner, width, _) = up[2].numel(), shape_of(up)
+    parts = cdiv(experts, max(1, _ROOM // (inner * width * x.element_size())))
+    room = torch.empty(cdiv(experts, parts), inner * width, dtype=x.dtype, device=x.device)
+    y, place = grouped_experts(x, index, _in_parts(up, room), _in_parts(down, room), experts, inner)
+    return _combine(y, place, weights, *index.shape, x)
 
 
 @operator("quantized_experts")
@@ -90,7 +119,10 @@ def _inference(
     up_packed, down_packed = _matrices(up, up_block_scale, up_scale), _matrices(down, down_block_scale, down_scale)
     if x.shape[0] <= _FEW[shape_of(up_packed)[2]] and in_pairs(x, up_packed, down_packed):
         return _few_tokens(x, index, weights, up_packed, down_packed)
-    pairs = sort_pairs(index, up.shape[0])
+    experts = up.shape[0]
+    if index.numel() >= _MANY * experts and serves(x, experts):
+        return _very_many_tokens(x, index, weights, up_packed, down_packed)
+    pairs = sort_pairs(index, experts)
     return _many_tokens(x, pairs, weights, up_packed, down_packed, keep_hidden=False)[0]
 
 
