@@ -1,6 +1,7 @@
 """LoRA over packed weights against LoRA over BF16, on `nemotron-h-tiny`: loss, memory, steps per second.
 
     python tests/benchmarks/lora_quantized.py --steps 60 --save
+    python tests/benchmarks/lora_quantized.py --device cuda --steps 60 --rows 16 --save
 
 Adapters on every linear map of the backbone and on its routed experts learn lines of arithmetic, which the model has not seen; the
 same lines in the same order over each base, each in a process of its own. MTP has neither adapters nor a part in the loss.
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import random
 import resource
 import subprocess
@@ -22,13 +22,13 @@ from pathlib import Path
 import nemotron_super
 import torch
 import transformers
+from against_transformers import hardware, results_file
 from nemotron_super import NemotronHForCausalLM, NVFP4Config, quantize_model
 from nemotron_super.training.lora import add_lora
 from torch import Tensor
 from transformers import AutoTokenizer
 
 TINY = Path(nemotron_super.__file__).parent / "model_card" / "nemotron-h-tiny"
-RESULTS = Path(__file__).parent / "results" / "lora_quantized.json"
 BASES = ("BF16", "release", "nvfp4")
 
 
@@ -51,9 +51,12 @@ def train(base: str, options: argparse.Namespace) -> dict:
     """One run; losses of training, held-out loss before and after, peak memory and speed."""
     torch.manual_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    data = batches(tokenizer, options.steps + 4, options.rows, options.length, options.seed)
+    data = [
+        ids.to(options.device)
+        for ids in batches(tokenizer, options.steps + 4, options.rows, options.length, options.seed)
+    ]
     trained, heldout = data[: options.steps], data[options.steps :]
-    model = NemotronHForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
+    model = NemotronHForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).to(options.device)
     if base != "BF16":
         model = quantize_model(model, NVFP4Config(recipe=base))
     weights = sum(t.nbytes for t in (*model.model.parameters(), *model.model.buffers()))
@@ -70,6 +73,9 @@ def train(base: str, options: argparse.Namespace) -> dict:
     optimizer = torch.optim.AdamW(parameters, lr=options.lr)
     losses: list[float] = []
     model.train()
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     cpu = time.process_time()
     for step, ids in enumerate(trained):
@@ -80,7 +86,13 @@ def train(base: str, options: argparse.Namespace) -> dict:
         losses.append(loss.item())
         if step % 10 == 9:
             print(f"{base} step {step + 1}: {losses[-1]:.4f}", file=sys.stderr, flush=True)
+    if options.device == "cuda":
+        torch.cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    if options.device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "base": base,
         "backbone_megabytes": round(weights / 1e6, 1),
@@ -90,13 +102,14 @@ def train(base: str, options: argparse.Namespace) -> dict:
         "losses": [round(loss, 4) for loss in losses],
         "steps_per_second": options.steps / seconds,
         "steps_per_cpu_second": options.steps / cpu_seconds,
-        "peak_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "peak_megabytes": round(peak / 1e6, 1),
     }
 
 
 def main() -> None:
     """Run every base in a process of its own, print a table, and with `--save` write it to `results/`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)
@@ -126,14 +139,14 @@ def main() -> None:
     if options.save:
         run = {
             "date": datetime.date.today().isoformat(),
-            "device": f"CPU ({platform.machine()})",
+            "hardware": hardware(options.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "options": {k: v for k, v in vars(options).items() if k not in ("one", "save", "bases")},
             "rows": rows,
         }
-        RESULTS.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        results_file("lora_quantized", options.device).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

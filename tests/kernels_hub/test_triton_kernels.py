@@ -356,7 +356,7 @@ def test_experts_of_a_prompt(check, tokens, experts, data, width, intermediate, 
     # Otherwise torch's grouped_mm would answer, and be compared with itself.
     on_device = [t.to("cuda" if ON_GPU else "cpu").bfloat16() for t in (x, up, down)]
     assert sys.modules[f"{bundle}.grouped_experts"].serves(on_device[0], experts, *on_device[1:])
-    assert index.numel() <= sys.modules[f"{bundle}.moe_experts"]._READING * experts
+    assert index.numel() <= sys.modules[f"{bundle}.moe_experts"]._MOST * experts
     check("moe_experts", [x, index, weights, up.bfloat16(), down.bfloat16()], grad=False)
 
 
