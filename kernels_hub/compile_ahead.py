@@ -42,6 +42,11 @@ class _Zeros(TorchFunctionMode):
         return _ZEROS.get(func, func)(*args, **(kwargs or {}))
 
 
+def available() -> bool:
+    """Whether there are kernels to compile: where Triton is missing, or torch knows no CUDA, none have been imported."""
+    return BUNDLED in sys.modules
+
+
 def active() -> bool:
     """Whether this thread is inside `compiling_ahead`."""
     return getattr(_here, "active", False)

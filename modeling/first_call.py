@@ -53,7 +53,7 @@ def compile_first_call(model, batch: int, tokens: int, config: GenerationConfig,
     static = isinstance(cache, StaticHybridCache)
     kind = (batch, static, config.use_mtp, config.do_sample)
     known = _gone_through.setdefault(model, set())
-    if kind in known or tokens < 1 or why_not_recorded(model, batch) is not None:
+    if kind in known or tokens < 1 or not compile_ahead.available() or why_not_recorded(model, batch) is not None:
         return
     known.add(kind)
     mine = GenerationConfig(

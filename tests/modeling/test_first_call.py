@@ -36,6 +36,7 @@ def gone_through(monkeypatch):
         torch.set_rng_state(state)
 
     monkeypatch.setattr(first_call, "why_not_recorded", lambda model, tokens: None)
+    monkeypatch.setattr(compile_ahead, "available", lambda: True)
     monkeypatch.setattr(compile_ahead, "compiling_ahead", inside)
     monkeypatch.setattr(torch.random, "fork_rng", fork)
     generate = NemotronHForCausalLM.generate
@@ -114,6 +115,13 @@ def test_without_room_the_call_is_made_all_the_same(model, monkeypatch, gone_thr
     assert ask(model).shape == (2, 15)
 
 
-def test_nothing_is_gone_through_where_kernels_are_not_compiled(model, monkeypatch):
+def test_nothing_is_gone_through_without_a_gpu(model, monkeypatch):
     monkeypatch.setattr(compile_ahead, "compiling_ahead", None)
+    monkeypatch.setattr(compile_ahead, "available", lambda: True)
     ask(model, cache_implementation="static")
+
+
+def test_nothing_is_gone_through_without_triton(model, monkeypatch, gone_through):
+    monkeypatch.setattr(compile_ahead, "available", lambda: False)
+    ask(model)
+    assert not gone_through
