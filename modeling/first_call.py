@@ -44,7 +44,7 @@ _gone_through: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.Wea
 
 
 def compile_first_call(model, batch: int, tokens: int, config: GenerationConfig, cache: object) -> None:
-    """Compile what a call of `generate` launches, if it is the first of its kind.
+    """Compile what a call of `generate` launches, if it is the first of its kind and no module has forward hooks.
 
     Args:
         batch, tokens: of the prompt that the call reads.
@@ -53,7 +53,9 @@ def compile_first_call(model, batch: int, tokens: int, config: GenerationConfig,
     static = isinstance(cache, StaticHybridCache)
     kind = (batch, static, config.use_mtp, config.do_sample)
     known = _gone_through.setdefault(model, set())
-    if kind in known or tokens < 1 or not compile_ahead.available() or why_not_recorded(model, batch) is not None:
+    if kind in known or tokens < 1 or not compile_ahead.available() or _watched(model):
+        return
+    if why_not_recorded(model, batch) is not None:
         return
     known.add(kind)
     mine = GenerationConfig(
@@ -73,3 +75,8 @@ def compile_first_call(model, batch: int, tokens: int, config: GenerationConfig,
     except torch.OutOfMemoryError:
         # Beside the caller's cache there is no room for another: kernels are compiled as they come.
         pass
+
+
+def _watched(model: nn.Module) -> bool:
+    """Whether hooks, such as those that count tokens of experts, would see a call that nobody made."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

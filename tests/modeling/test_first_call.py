@@ -125,3 +125,14 @@ def test_nothing_is_gone_through_without_triton(model, monkeypatch, gone_through
     monkeypatch.setattr(compile_ahead, "available", lambda: False)
     ask(model)
     assert not gone_through
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_see_the_calls_that_were_made(model, gone_through, register):
+    seen = []
+    handle = getattr(model.model.layers[0], register)(lambda module, args, *output: seen.append(args))
+    ask(model)
+    assert not gone_through and len(seen) == 6
+    handle.remove()
+    ask(model)
+    assert gone_through == [(2, 9)]
