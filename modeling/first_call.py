@@ -11,12 +11,14 @@ import weakref
 from collections.abc import Hashable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..kernels_hub import compile_ahead
+from .cache import HybridCache
 from .captured_decoding import idle_caches_aside
 from .cuda_graphs import why_not_recorded
+from .prompt import held_tokens
 from .static_cache import StaticHybridCache
 
 # Longer prompts launch the same kernels.
@@ -43,20 +45,21 @@ _KEPT = (
 _gone_through: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.WeakKeyDictionary()
 
 
-def compile_first_call(model, batch: int, tokens: int, config: GenerationConfig, cache: object) -> None:
+def compile_first_call(model, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict) -> None:
     """Compile what a call of `generate` launches, if it is the first of its kind and no module has forward hooks.
 
     Args:
-        batch, tokens: of the prompt that the call reads.
-        cache: the call's own, which is left alone.
+        input_ids: (batch, seq), of the call, as `config` and `model_kwargs`; its cache is left alone.
     """
-    static = isinstance(cache, StaticHybridCache)
+    cache, embeds, mask = (model_kwargs.get(name) for name in ("cache", "inputs_embeds", "attention_mask"))
+    static, batch = isinstance(cache, StaticHybridCache), input_ids.shape[0]
     kind = (batch, static, config.use_mtp, config.do_sample)
     known = _gone_through.setdefault(model, set())
-    if kind in known or tokens < 1 or not compile_ahead.available() or _watched(model):
+    if kind in known or not compile_ahead.available() or _watched(model) or why_not_recorded(model, batch) is not None:
         return
-    if why_not_recorded(model, batch) is not None:
-        return
+    tokens = (input_ids if embeds is None else embeds).shape[1]
+    if isinstance(cache, HybridCache):
+        tokens -= held_tokens(cache, config, input_ids, mask, embeds)
     known.add(kind)
     mine = GenerationConfig(
         **{name: copy.deepcopy(getattr(config, name)) for name in _KEPT},

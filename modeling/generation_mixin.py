@@ -120,7 +120,7 @@ class NemotronHGenerationMixin(GenerationMixin):
                 return super()._assisted_decoding(*arguments, inputs_tensor=inputs_tensor, **kwargs)
         if kwargs.get("inputs_embeds") is None:
             check_token_ids(input_ids, self.config.vocab_size)
-        self._compile_ahead(input_ids, generation_config, kwargs)
+        compile_first_call(self, input_ids, generation_config, kwargs)
         names = ("streamer", "cache", "attention_mask", "inputs_embeds")
         return generate_with_mtp(self, *arguments, **{name: kwargs.get(name) for name in names})
 
@@ -181,16 +181,10 @@ class NemotronHGenerationMixin(GenerationMixin):
         # Recorded steps hand out logits only and read token ids alone, and several processes would have to record the same ones.
         elsewhere = looks_inside or synced_gpus or self._has_learnt_prompt()
         if not elsewhere:
-            self._compile_ahead(input_ids, generation_config, model_kwargs)
+            compile_first_call(self, input_ids, generation_config, model_kwargs)
         if elsewhere or not isinstance(model_kwargs.get("cache"), StaticHybridCache):
             return super()._sample(*arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         return sample_captured(self, *arguments, streamer, model_kwargs)
-
-    def _compile_ahead(self, input_ids, generation_config, model_kwargs):
-        cache, embeds = model_kwargs.get("cache"), model_kwargs.get("inputs_embeds")
-        tokens = (input_ids if embeds is None else embeds).shape[1]
-        seen = 0 if cache is None else cache.get_seq_length()
-        compile_first_call(self, input_ids.shape[0], tokens - seen, generation_config, cache)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         cache = model_kwargs.get("cache")

@@ -74,7 +74,6 @@ def train(base: str, options: argparse.Namespace) -> dict:
     losses: list[float] = []
     model.train()
     if options.device == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     cpu = time.process_time()
@@ -86,8 +85,6 @@ def train(base: str, options: argparse.Namespace) -> dict:
         losses.append(loss.item())
         if step % 10 == 9:
             print(f"{base} step {step + 1}: {losses[-1]:.4f}", file=sys.stderr, flush=True)
-    if options.device == "cuda":
-        torch.cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     if options.device == "cuda":
         peak = torch.cuda.max_memory_allocated()

@@ -56,13 +56,16 @@ print(json.dumps(found))
 """
 
 
-def test_kernels_are_compiled_by_threads_and_not_launched(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "TRITON_CACHE_DIR": str(tmp_path)
-    }
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+def ran(script, cache):
+    """What it prints, in a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_kernels_are_compiled_by_threads_and_not_launched(tmp_path):
+    found = ran(SCRIPT, tmp_path)
     assert found["active"] and found["elsewhere"] == [False] and not found["left"]
     assert found["zeros"] and found["new"] == [False] * 3
     # Of three equal calls one is compiled; its launcher is made there too.
@@ -72,9 +75,4 @@ def test_kernels_are_compiled_by_threads_and_not_launched(tmp_path):
 
 def test_a_kernel_that_cannot_be_compiled_is_left_to_its_launch(tmp_path):
     broken = SCRIPT.replace("loaded.append(kernel.name)", "1 / 0")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "TRITON_CACHE_DIR": str(tmp_path)
-    }
-    done = subprocess.run([sys.executable, "-c", broken], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["kept"] == [0]
+    assert ran(broken, tmp_path)["kept"] == [0]

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from nemotron_super import NemotronHForCausalLM, preset
+from nemotron_super import HybridCache, NemotronHForCausalLM, preset
 from nemotron_super.kernels_hub import compile_ahead
 from nemotron_super.modeling import captured_decoding, first_call, generation_mixin
 from nemotron_super.modeling.static_cache import StaticHybridCache
@@ -103,6 +103,18 @@ def test_caches_are_left_alone(model, gone_through):
     mine = StaticHybridCache(model.config, 64)
     ask(model, rows=3, cache=mine)
     assert len(gone_through) == 3 and mine.get_seq_length() == 9 + 6 - 1
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_of_a_prompt_that_a_cache_begins_the_rest(model, gone_through, whole):
+    ids = torch.randint(3, model.config.vocab_size, (2, 9))
+    cache = HybridCache(model.config)
+    model(ids[:, :6], cache=cache, use_cache=True)
+    model.generate(
+        ids if whole else ids[:, 6:], attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=2, do_sample=False,
+        pad_token_id=0,
+    )  # fmt: skip
+    assert gone_through == [(2, 3)] and cache.get_seq_length() == 9 + 2 - 1
 
 
 def test_without_room_the_call_is_made_all_the_same(model, monkeypatch, gone_through):
