@@ -59,8 +59,9 @@ def test_experts(name, data):
     tokens, experts = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 6))
     top_k = data.draw(st.integers(1, experts))
     torch.manual_seed(data.draw(st.integers(0, 1000)))
-    up, wide_up = stored(name, torch.randn(experts, 32, 16))
-    down, wide_down = stored(name, torch.randn(experts, 16, 32))
+    # Scaled so that outputs and gradients are of the order of 1: float32's rounding grows with what is added up.
+    up, wide_up = stored(name, torch.randn(experts, 32, 16) / 4)
+    down, wide_down = stored(name, torch.randn(experts, 16, 32) / 6)
     index = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
     if data.draw(st.booleans()):
         index[:] = index[:1]  # all tokens hit the same experts
@@ -72,7 +73,7 @@ def test_experts(name, data):
     out.square().sum().backward()
     expected.square().sum().backward()
     for mine, other in zip((x, weights), others, strict=True):
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_only_chosen_experts_are_dequantised(monkeypatch):
