@@ -1,18 +1,21 @@
-"""The first call of `generate` on a GPU: gone through once before it is made, so that its kernels are compiled all at once.
+"""The first call of `generate` or step of training on a GPU: gone through before it is made, so that its kernels are compiled all at once.
 
-Without this the first token waits for some thirty kernels one after another. With them in Triton's cache on disk it costs the time of
-a short call.
+Without this the first token waits for some thirty kernels one after another, and the first gradient for twenty. With them in Triton's
+cache on disk it costs the time of a short call, or of a step.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import sys
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 
 from ..kernels_hub import compile_ahead
 from .cache import HybridCache
@@ -41,6 +44,9 @@ _KEPT = (
     "output_scores",
     "output_logits",
 )
+
+_STEP = "step"
+_MANY_TOKENS = sys.maxsize  # as a step of training has
 
 _gone_through: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.WeakKeyDictionary()
 
@@ -80,6 +86,83 @@ def compile_first_call(model, input_ids: Tensor, config: GenerationConfig, model
         pass
 
 
+def first_step_compiled_ahead(forward: Callable) -> Callable:
+    """Decorator of a model's `forward`: its first step of training compiles the kernels of both directions before it is made.
+
+    A step is not gone through where somebody would see it who does not know `real_calls_only`: hooks of modules or parameters, a
+    cache that it fills, a compiler. Nor where weights are not plain tensors on one GPU (`why_not_recorded`), as FSDP's are.
+    """
+
+    @functools.wraps(forward)
+    def wrapped(self, *args: Any, **kwargs: Any) -> Any:
+        step = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if step and not any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            _compile_first_step(self, lambda: forward(self, *args, **kwargs))
+        return forward(self, *args, **kwargs)
+
+    return wrapped
+
+
+def _compile_first_step(model: nn.Module, forward: Callable) -> None:
+    known = _gone_through.setdefault(model, set())
+    if _STEP in known:
+        return
+    known.add(_STEP)
+    weights = list(model.parameters())
+    learning = [weight for weight in weights if weight.requires_grad]
+    if (
+        not learning
+        or not compile_ahead.available()
+        or why_not_recorded(model, _MANY_TOKENS) is not None
+        or _watched(model)
+        or any(type(weight) is not nn.Parameter for weight in weights)
+        or any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in learning)
+        or any(_reentrant(module) for module in model.modules())
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
+        return
+    try:
+        with (
+            torch.random.fork_rng([model.device]),
+            compile_ahead.compiling_ahead(model.device),
+            # Gradients are computed by this thread: others would launch what they compile.
+            torch.autograd.set_multithreading_enabled(False),
+        ):
+            output = forward()
+            result = output.logits.sum() if output.loss is None else output.loss
+            if result.requires_grad:
+                with torch.autocast(model.device.type, enabled=False):  # which a step has left by then
+                    torch.autograd.grad(result, learning, allow_unused=True)
+    except torch.OutOfMemoryError:
+        pass  # for a step that lets gradients go one by one, say
+
+
+def _reentrant(module: nn.Module) -> bool:
+    """Whether it is checkpointed in the way that knows `backward` alone."""
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    return bool(
+        getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant")
+    )
+
+
+def real_calls_only(hook: Callable) -> Callable:
+    """A module's forward hook as one that does not see calls that are only gone through."""
+
+    @functools.wraps(hook)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return None if compile_ahead.active() else hook(*args, **kwargs)
+
+    wrapped.real_calls_only = True
+    return wrapped
+
+
 def _watched(model: nn.Module) -> bool:
-    """Whether hooks, such as those that count tokens of experts, would see a call that nobody made."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    """Whether hooks would see a call that nobody made; those by which transformers lets embeddings have gradients may."""
+    allowed = {handle.id for handle in getattr(model, "_require_grads_hooks", ())}
+    for module in model.modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            return True
+        for number, hook in (*module._forward_hooks.items(), *module._forward_pre_hooks.items()):
+            if not (number in allowed or getattr(hook, "real_calls_only", False)):
+                return True
+    return False

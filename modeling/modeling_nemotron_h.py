@@ -25,6 +25,7 @@ from ..configuration.configuration_nemotron_h import NemotronHConfig
 from .attention import NemotronHAttention
 from .block import NemotronHBlock
 from .cache import HybridCache, accept_old_cache_name, check_cache
+from .first_call import first_step_compiled_ahead
 from .generation_mixin import NemotronHGenerationMixin
 from .latent_moe import NemotronHExperts, NemotronHTopkRouter
 from .linear import NemotronHLinear
@@ -346,6 +347,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
 
     @can_return_tuple
     @accept_old_cache_name
+    @first_step_compiled_ahead
     def forward(
         self,
         input_ids: Tensor | None = None,

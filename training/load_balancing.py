@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..modeling.first_call import real_calls_only
 from ..modeling.latent_moe import NemotronHTopkRouter
 from ..modeling.modeling_nemotron_h import NemotronHModel
 
@@ -111,11 +112,13 @@ class RouterLoads:
         self._losses: list[Tensor] = []
         self._rows, self._real = 1, None
         self._hooks = [
-            router.register_forward_hook(lambda module, args, output, name=name: self._see(name, module, output))
+            router.register_forward_hook(
+                real_calls_only(lambda module, args, output, name=name: self._see(name, module, output))
+            )
             for name, router in self.routers.items()
         ]
         self._hooks += [
-            module.register_forward_pre_hook(self._note_rows, with_kwargs=True)
+            module.register_forward_pre_hook(real_calls_only(self._note_rows), with_kwargs=True)
             for module in model.modules()
             if isinstance(module, NemotronHModel)
         ]
