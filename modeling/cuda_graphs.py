@@ -6,8 +6,8 @@ other devices, and where a model cannot be recorded, every call runs as it is.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,21 @@ from ..kernels_hub import compile_ahead, registry
 # Graphs of one cache: beyond these the one that was not used for longest is forgotten. Each way to sample has graphs of its own.
 _MOST_GRAPHS = 64
 
-# Graphs of one device share their memory: they run one after another, and leave results only in buffers of their own.
-_pools: dict[torch.device, Any] = {}
 _streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+class _Pool:
+    """Memory that graphs of one device share: they run one after another, and leave results only in buffers of their own.
+
+    It lives as long as one of them. A handle whose graphs are all gone cannot be recorded into again while any tensor of its
+    memory is left: torch ends with an internal error.
+    """
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+
+
+_pools: weakref.WeakValueDictionary[torch.device, _Pool] = weakref.WeakValueDictionary()
 
 
 def why_not_recorded(model: nn.Module, tokens: int) -> str | None:
@@ -61,6 +73,7 @@ class _Graph:
 
     def __init__(self, device: torch.device):
         self._device, self._graph = device, torch.cuda.CUDAGraph()
+        self.pool = _pools.setdefault(device, _Pool())
 
     def replay(self) -> None:
         with torch.cuda.device(self._device):
@@ -71,7 +84,7 @@ def warm_up(device: torch.device, step: Callable[[], None]) -> None:
     """Run a step once on the stream of the recordings, so that kernels and libraries have made what they keep for it."""
     with torch.cuda.device(device):
         if device not in _streams:
-            _streams[device], _pools[device] = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+            _streams[device] = torch.cuda.Stream(device)
         side, current = _streams[device], torch.cuda.current_stream(device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -84,7 +97,7 @@ def record(device: torch.device, step: Callable[[], None]) -> _Graph:
     made = _Graph(device)
     with (
         torch.cuda.device(device),
-        torch.cuda.graph(made._graph, _pools[device], _streams[device], capture_error_mode="thread_local"),
+        torch.cuda.graph(made._graph, made.pool.handle, _streams[device], capture_error_mode="thread_local"),
     ):
         step()
     return made

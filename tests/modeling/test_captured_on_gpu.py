@@ -247,6 +247,18 @@ def test_a_step_does_not_wait(gpu_model):
             torch.cuda.set_sync_debug_mode("default")
 
 
+def test_graphs_are_recorded_again_when_all_were_forgotten():
+    """Though what a forgotten one left behind still lies in its memory."""
+    device, left, x = torch.device("cuda", 0), [], torch.ones(4, device="cuda")
+    for _ in range(3):
+        graph = cuda_graphs.CUDAGraphs()
+        graph.reason, graph._device = None, device
+        for _ in range(3):
+            graph.run("step", lambda: left.append(x + 1))
+        assert len(graph) == 1 and left[-1].eq(2).all()
+        del graph
+
+
 def test_long_text_keeps_few_graphs(gpu_model):
     """2,000 tokens: one graph for each power of two, no memory beyond."""
     model = gpu_model(torch.bfloat16)
