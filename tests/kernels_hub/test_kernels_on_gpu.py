@@ -131,7 +131,7 @@ def experts(tokens, count=512, top_k=22, width=1024, inner=2688, routing="any"):
 
 
 @pytest.mark.parametrize("routing", ["any", "one"])
-@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 200, 2048, 4096, 4200])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 16, 17, 200, 2048, 4096, 4200])
 def test_experts(tokens, routing):
     """All three ways against float64, expert by expert: the reference in float64 would hold all weights at once."""
     x, index, weights, up, down = experts(tokens, routing=routing)

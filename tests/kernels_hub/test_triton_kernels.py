@@ -331,7 +331,7 @@ def test_experts_of_few_tokens(check, tokens, experts, data, width, intermediate
 
 @few
 @given(
-    tokens=st.integers(17, 150),
+    tokens=st.integers(9, 150),
     experts=st.integers(1, 6),
     data=st.data(),
     width=st.sampled_from([8, 64, 136]),

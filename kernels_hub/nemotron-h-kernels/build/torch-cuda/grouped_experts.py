@@ -1,6 +1,6 @@
-"""Routed experts for a prompt of a few hundred to some thousands of tokens, without gradients.
+"""Routed experts for more than a few tokens and up to some thousands, without gradients.
 
-An expert then has tens to hundreds of tokens, and its products take about as long as its weights take to be read. They are read once: a tile of
+An expert then has one to hundreds of tokens, and its products take about as long as its weights take to be read. They are read once: a tile of
 weights meets all its expert's tokens, or where these are more than a block, those of blocks that run side by side and find the
 tile in the cache. Tokens are gathered, and the activation applied, on the way in and out of the first product.
 

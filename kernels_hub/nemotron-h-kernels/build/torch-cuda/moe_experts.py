@@ -25,8 +25,9 @@ from ._overlap import next_may_begin, overlap, prefetch, previous_done
 from .grouped_experts import grouped_experts, serves
 from .relu_squared import relu_squared_into
 
-# Up to here pairs rarely share an expert (512 experts, top-22), so each pair reads weights of its own.
-_FEW = 16
+# Tokens up to which each pair reads weights of its own: pairs rarely share an expert (512 experts, top-22). Beyond `_FEWEST` not where
+# `grouped_experts.py` serves. On an H200 (2026-12-01) a step of 16 rows of Super's slice took 6.2 ms as a stream, one of 24 grouped 4.7.
+_FEW, _FEWEST = 16, 8
 # Pairs an expert has on average, up to which `grouped_experts.py` is faster: 12,288 tokens of Super. Beyond, both take the same to a few
 # percent. On an H200 (2026-12-01) 8,192 tokens took 4.2 to 4.7 ms against 5.0 to 5.8, 12,288 took 6.6 against 7.1.
 _MOST = 528
@@ -243,11 +244,11 @@ def _(x, index, weights, up, down):
 
 @operator("moe_experts_inference")
 def _inference(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    experts, inner = up.shape[:2]
+    if x.shape[0] > _FEWEST and index.numel() <= _MOST * experts and serves(x, experts, up, down):
+        return _combine(*grouped_experts(x, index, (up,), (down,), experts, inner), weights, *index.shape, x)
     if x.shape[0] <= _FEW or x.dtype == torch.float32:
         return _few_tokens(x, index, weights, up, down)
-    experts, inner = up.shape[:2]
-    if index.numel() <= _MOST * experts and serves(x, experts, up, down):
-        return _combine(*grouped_experts(x, index, (up,), (down,), experts, inner), weights, *index.shape, x)
     return _many_tokens(x, sort_pairs(index, experts), weights, up, down, keep_hidden=False)[0]
 
 
