@@ -19,6 +19,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,10 @@ def measure(device: str, dtype: str, ours: bool) -> dict[str, float | str]:
 
     model = build(SHAPES[device]["hybrid_override_pattern"])
     used, head = weights_used(model)
+    if gpu:
+        first, start = ids(1, prompt_length), wait()
+        model.generate(first, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        found["first two tokens, nothing compiled, s"] = round(wait() - start, 2)
     with torch.inference_mode():
         for length in prompts:
             prompt = ids(1, length)
@@ -210,7 +215,9 @@ def main() -> None:
                     continue
                 environment["PYTHONPATH"] = os.pathsep.join([options.packages, environment.get("PYTHONPATH", "")])
             command = [sys.executable, __file__, options.device, "--dtypes", dtype, "--one", whose.split()[0]]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            with tempfile.TemporaryDirectory() as compiled:
+                environment["TRITON_CACHE_DIR"] = compiled
+                done = subprocess.run(command, capture_output=True, text=True, env=environment)
             lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
             if not lines:
                 raise SystemExit(f"{whose} {dtype} failed:\n{done.stderr[-3000:]}")
@@ -223,12 +230,13 @@ def main() -> None:
         import torch
         import transformers
 
+        packages = "--packages DIR " if options.packages else ""
         record = {
             "date": datetime.date.today().isoformat(),
             "hardware": hardware(options.device),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "command": f"python tests/benchmarks/against_transformers.py {options.device} --save",
+            "command": f"python tests/benchmarks/against_transformers.py {options.device} {packages}--save",
             "runs": runs,
         }
         results_file("against_transformers", options.device).write_text(json.dumps(record, indent=1) + "\n")
