@@ -92,14 +92,25 @@ def _dense_tail(name: str, tensor: Tensor, dims: int) -> str | None:
 # Why the Triton kernel of an op cannot serve these arguments, or None. Devices are looked at before.
 
 
+def _shape_of(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> str | None:
+    return (
+        None
+        if tensor.shape == wanted
+        else f"`{name}` has shape {tuple(tensor.shape)}, the kernel wants {tuple(wanted)}"
+    )
+
+
 def _norm_limits(x: Tensor, weight: Tensor, eps: float) -> str | None:
     if x.shape[-1] > 65536:
         return f"`x` is {x.shape[-1]} wide, the kernel holds at most 65536 in one program"
-    return _dtype_of("x", x)
+    return _dtype_of("x", x) or _shape_of("weight", weight, x.shape[-1:])
 
 
 def _gated_norm_limits(y: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> str | None:
-    return _dtype_of("y", y) or _dtype_of("z", z)
+    if y.shape[-1] % group_size:
+        return f"`y` is {y.shape[-1]} wide, which groups of {group_size} do not divide"
+    misfit = _shape_of("z", z, y.shape) or _shape_of("weight", weight, y.shape[-1:])
+    return misfit or _dtype_of("y", y) or _dtype_of("z", z)
 
 
 def _conv_limits(
@@ -111,7 +122,9 @@ def _conv_limits(
 
 
 def _conv_update_limits(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    return _dtype_of("x", x) or _dense_tail("state", state, 2)
+    misfit = _shape_of("x", x, state.shape[:2]) or _shape_of("weight", weight, state.shape[1:])
+    misfit = misfit or (None if bias is None else _shape_of("bias", bias, state.shape[1:2]))
+    return misfit or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
 def _scan_limits(
@@ -143,16 +156,35 @@ def _scan_limits(
 def _step_limits(dt: Tensor, dt_bias: Tensor, A_log: Tensor, *time_step: Any, **named: Any) -> str | None:
     if not 0 < dt.shape[0] < 65536:
         return f"`dt` has {dt.shape[0]} rows, a launch takes 1 to 65535"
-    return _dtype_of("dt", dt)
+    return (
+        _dtype_of("dt", dt) or _shape_of("dt_bias", dt_bias, dt.shape[-1:]) or _shape_of("A_log", A_log, dt.shape[-1:])
+    )
 
 
-def _state_update_limits(state: Tensor, x: Tensor, *others: Any, **named: Any) -> str | None:
-    return conventions.rounds_to_nearest(state) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+def _state_update_limits(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *others: Any, **named: Any
+) -> str | None:
+    misfit = _state_misfit(state, (state.shape[0],), x, dt, A, B, C, D)
+    return misfit or conventions.rounds_to_nearest(state) or _dtype_of("x", x) or _dense_tail("state", state, 2)
+
+
+def _state_misfit(
+    state: Tensor, tokens: tuple[int, ...], x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+) -> str | None:
+    """Of one token a row, or of some: `tokens` are the dimensions in front."""
+    _, heads, head_dim, size = state.shape
+    if B.shape[:-2] != tokens or B.shape[-1] != size or heads % B.shape[-2]:
+        return f"`B` has shape {tuple(B.shape)}, `state` {tuple(state.shape)}"
+    misfit = _shape_of("x", x, (*tokens, heads, head_dim)) or _shape_of("dt", dt, (*tokens, heads))
+    misfit = misfit or _shape_of("A", A, (heads,)) or _shape_of("D", D, (heads,))
+    return misfit or _shape_of("C", C, B.shape)
 
 
 def _logits_limits(x: Tensor, weight: Tensor) -> str | None:
     if weight.dtype != x.dtype:
         return f"`x` and `weight` are {x.dtype} and {weight.dtype}: the kernel wants one dtype"
+    if weight.shape[-1] != x.shape[-1]:
+        return f"`x` is {tuple(x.shape)}, `weight` {tuple(weight.shape)}"
     if x.dtype == torch.bfloat16 and not x.is_cuda:
         return "in bfloat16 the kernel needs a GPU"
     return _dtype_of("x", x)
@@ -168,10 +200,15 @@ def _routing_limits(
     topk_group: int = 1,
 ) -> str | None:
     reason = _dtype_of("logits", logits, (torch.float32,)) or _dtype_of("bias", bias, (torch.float32,))
-    return _choice_limits(logits.shape[-1], n_group) or reason
+    return _choice_limits(logits.shape[-1], bias, top_k, n_group) or reason
 
 
-def _choice_limits(experts: int, n_group: int) -> str | None:
+def _choice_limits(experts: int, bias: Tensor, top_k: int, n_group: int) -> str | None:
+    if top_k > experts:
+        return f"`top_k` is {top_k}, there are {experts} experts"
+    misfit = _shape_of("bias", bias, (experts,))
+    if misfit is not None:
+        return misfit
     if n_group > 1:
         return f"`n_group` is {n_group}, the kernel knows one group"
     return f"{experts} experts, the kernel serves up to 4096" if experts > 4096 else None
@@ -190,7 +227,7 @@ def _route_few_limits(
 ) -> str | None:
     products = (_small_linear_limits(x, w) for w in (weight, narrowing) if w is not None)
     reason = next(filter(None, products), None) or _dtype_of("bias", bias, (torch.float32,))
-    return _choice_limits(weight.shape[0], n_group) or reason
+    return _choice_limits(weight.shape[0], bias, top_k, n_group) or reason
 
 
 def _experts_limits(x: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> str | None:
@@ -222,14 +259,27 @@ def _packed_limits(x: Tensor, *matrices: tuple[Tensor, ...]) -> str | None:
     return _dtype_of("x", x)
 
 
+def _packed_misfit(name: str, width: int, codes: Tensor, *scales: Tensor) -> str | None:
+    """Of a quantised weight (..., out, in) whose inputs are `width` wide."""
+    two = codes.dtype == torch.uint8  # numbers of NVFP4 in a byte, and scales of 16 of them
+    inputs = 2 * codes.shape[-1] if two else codes.shape[-1]
+    if inputs != width:
+        return f"`{name}` has {inputs} inputs, and {width} come"
+    wanted = [(*codes.shape[:-1], inputs // 16), codes.shape[:-2]] if two else [codes.shape[:-2]]
+    misfits = (_shape_of(f"{name}'s scale", *pair) for pair in zip(scales, wanted, strict=True))
+    return next(filter(None, misfits), None)
+
+
 def _nvfp4_linear_limits(
     x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor, *epilogue: Any, **named: Any
 ) -> str | None:
-    return _packed_limits(x, (packed, scale, global_scale))
+    return _packed_misfit("weight", x.shape[-1], packed, scale, global_scale) or _packed_limits(
+        x, (packed, scale, global_scale)
+    )
 
 
 def _fp8_linear_limits(x: Tensor, weight: Tensor, scale: Tensor, *epilogue: Any, **named: Any) -> str | None:
-    return _packed_limits(x, (weight, scale))
+    return _packed_misfit("weight", x.shape[-1], weight, scale) or _packed_limits(x, (weight, scale))
 
 
 def _packed_experts_limits(
@@ -244,7 +294,11 @@ def _packed_experts_limits(
         return "activations are simulated, which the kernel does not do"
     if up[0].shape[0] > 32767:
         return f"{up[0].shape[0]} experts, the kernel serves up to 32767"
-    return pairs_misfit(x, index, weights) or _packed_limits(x, up, down)
+    misfit = pairs_misfit(x, index, weights) or _packed_misfit("up", x.shape[-1], *up)
+    misfit = misfit or _packed_misfit("down", up[0].shape[-2], *down)
+    if misfit is None and (down[0].shape[0] != up[0].shape[0] or down[0].shape[-2] != x.shape[-1]):
+        misfit = f"`down` is {tuple(down[0].shape)}, `up` {tuple(up[0].shape)} and `x` {tuple(x.shape)}"
+    return misfit or _packed_limits(x, up, down)
 
 
 def _add_norm_limits(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> str | None:
@@ -262,6 +316,11 @@ def _conv_replay_limits(
     settled: int = 0,
     kept: Tensor | None = None,
 ) -> str | None:
+    taps = _shape_of("weight", weight, state.shape[1:])
+    if taps is not None or x.shape[0] != state.shape[0] or x.shape[-1] < state.shape[1]:
+        return taps or f"`x` has shape {tuple(x.shape)}, `state` {tuple(state.shape)}"
+    if bias is not None and bias.shape != state.shape[1:2]:
+        return _shape_of("bias", bias, state.shape[1:2])
     if drafts is None:
         return _replayed(0, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
     if drafts.dtype != x.dtype or x.shape[1] > drafts.shape[1]:
@@ -287,6 +346,9 @@ def _state_replay_limits(
         return nearest
     if x.shape[1] > 96:
         return f"{x.shape[1]} tokens, the kernel replays up to 96"
+    misfit = _state_misfit(state, (state.shape[0], x.shape[1]), x, dt, A, B, C, D)
+    if misfit is not None:
+        return misfit
     return _replayed(x.shape[1], settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
@@ -295,13 +357,17 @@ def _replayed(tokens: int, settled: int) -> str | None:
 
 
 def _small_linear_limits(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *epilogue: Any, **named: Any
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu2: bool = False, plus: tuple[Tensor, ...] = ()
 ) -> str | None:
     if x.numel() > 64 * x.shape[-1]:
         return f"`x` is {tuple(x.shape)}, the kernel serves (..., in) with up to 64 tokens in all"
     if weight.dtype != x.dtype:
         return f"`x` and `weight` are {x.dtype} and {weight.dtype}: the kernel wants one dtype"
-    return _dtype_of("x", x)
+    if weight.shape[-1] != x.shape[-1]:
+        return f"`x` is {tuple(x.shape)}, `weight` {tuple(weight.shape)}"
+    misfits = (_shape_of("plus", term, (*x.shape[:-1], weight.shape[0])) for term in plus)
+    misfit = None if bias is None else _shape_of("bias", bias, weight.shape[:1])
+    return _dtype_of("x", x) or misfit or next(filter(None, misfits), None)
 
 
 def _joint_linear_limits(x: Tensor, weights: Sequence[Tensor]) -> str | None:
@@ -325,6 +391,9 @@ def _decode_attention_limits(
     v_scale: Tensor | None = None,
 ) -> str | None:
     fp8 = key.dtype == torch.float8_e4m3fn
+    misfit = _attention_misfit(query, key, value, last, there)
+    if misfit is not None:
+        return misfit
     if value.dtype != key.dtype or (key.dtype != query.dtype and not fp8):
         return f"`query`, `key` and `value` are {query.dtype}, {key.dtype} and {value.dtype}"
     if fp8 != (k_scale is not None) or fp8 != (v_scale is not None):
@@ -345,6 +414,14 @@ def _decode_attention_limits(
     return _dtype_of("query", query) or _dense_tail("key", key, 1) or _dense_tail("value", value, 1) or holes
 
 
+def _attention_misfit(query: Tensor, key: Tensor, value: Tensor, last: Tensor, there: Tensor | None) -> str | None:
+    batch, heads, tokens, head_dim = query.shape
+    if key.shape[0] != batch or key.shape[3] != head_dim or heads % key.shape[1]:
+        return f"`query` has shape {tuple(query.shape)}, `key` {tuple(key.shape)}"
+    misfit = _shape_of("value", value, key.shape) or _shape_of("last", last, (batch, tokens))
+    return misfit or (None if there is None else _shape_of("there", there, (batch, key.shape[2])))
+
+
 def _fill_slots_limits(
     keys: Tensor,
     values: Tensor,
@@ -357,6 +434,11 @@ def _fill_slots_limits(
     fp8 = k_scale is not None
     if fp8 != (v_scale is not None) or new_values.dtype != new_keys.dtype:
         return "the kernel wants keys and values of one dtype, and scales for both or for none"
+    misfit = _shape_of("values", values, keys.shape) or _shape_of("new_values", new_values, new_keys.shape)
+    batch, heads, tokens, head_dim = new_keys.shape
+    misfit = misfit or _shape_of("index", index, (batch, tokens))
+    if misfit is not None or keys.shape[:2] != (batch, heads) or keys.shape[3] != head_dim:
+        return misfit or f"`keys` has shape {tuple(keys.shape)}, `new_keys` {tuple(new_keys.shape)}"
     wanted = torch.float8_e4m3fn if fp8 else new_keys.dtype
     if keys.dtype != wanted or values.dtype != wanted:
         return f"`keys` and `values` are {keys.dtype} and {values.dtype}, the kernel would write {wanted}"
@@ -366,6 +448,8 @@ def _fill_slots_limits(
 
 
 def _likeliest_limits(logits: Tensor, out: Tensor) -> str | None:
+    if out.shape != logits.shape[:-1]:
+        return _shape_of("out", out, logits.shape[:-1])
     if out.dim() > 2:
         return f"`out` has {out.dim()} dimensions, the kernel serves up to 2"
     if logits.numel() // max(1, logits.shape[-1]) > 2**31 - 1 or logits.shape[-1] > 2**27:
@@ -381,8 +465,13 @@ def _keep_drafts_limits(
     kept: Tensor,
     newest: Tensor,
     positions: Tensor,
-    *rest: Any,
+    accepted: Tensor,
 ) -> str | None:
+    rows = {"room": room, "kept": kept, "newest": newest, "accepted": accepted}
+    misfits = (_shape_of(name, tensor, own.shape[:1]) for name, tensor in rows.items())
+    misfit = _shape_of("tokens", tokens, own.shape) or next(filter(None, misfits), None)
+    if misfit is not None or positions.shape[0] != own.shape[0]:
+        return misfit or f"`positions` has shape {tuple(positions.shape)}, there are {own.shape[0]} rows"
     if own.shape[1] > 64 or stops.shape[0] > 1024:
         return f"{own.shape[1]} tokens and {stops.shape[0]} stops, the kernel serves up to 64 and 1024"
     named = {"tokens": tokens, "own": own, "stops": stops, "room": room, "kept": kept, "newest": newest}

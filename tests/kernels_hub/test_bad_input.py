@@ -412,6 +412,13 @@ def test_what_padding_holds_does_not_matter(source):
         assert torch.equal(found, expected)
 
 
+def without(args, which, shape):
+    """The arguments with one of another shape."""
+    changed = list(args)
+    changed[which] = normal(*shape).to(changed[which].dtype)
+    return changed
+
+
 @pytest.mark.parametrize(
     "op, args, words",
     [
@@ -428,9 +435,55 @@ def test_what_padding_holds_does_not_matter(source):
         ("route_few_tokens", lambda: (normal(65, 16), normal(8, 16), normal(8).float(), None, 2), "up to 64 tokens"),
         ("route_few_tokens", lambda: (normal(3, 16), normal(8, 16), normal(8).float(), normal(5, 16).double(), 2), "float64"),
         ("route_few_tokens", lambda: (normal(3, 16), normal(8, 16), normal(8).float(), None, 2, True, 1.0, 4), "`n_group` is 4"),
-        ("fp8_linear", lambda: (normal(3, 16), *packed("fp8", 1, 17)), "in multiples of 8"),
+        ("fp8_linear", lambda: (normal(3, 17), *packed("fp8", 1, 17)), "in multiples of 8"),
         ("fp8_linear", lambda: (normal(3, 16), packed("fp8", 1, 17)[0][0, 1:].view(1, 16), normal().float()), "begins at byte 1 "),
         ("add_rms_norm", lambda: (normal(3, 16), normal(3, 16).double(), normal(16), 1e-5), "float64"),
+        ("add_rms_norm", lambda: (normal(3, 16), normal(3, 16), normal(15), 1e-5), "`weight` has shape (15,)"),
+        ("rms_norm", lambda: (normal(3, 16), normal(17), 1e-5), "`weight` has shape (17,)"),
+        ("gated_rms_norm", lambda: (normal(3, 16), normal(3, 8), normal(16), 1e-5, 8), "`z` has shape (3, 8)"),
+        ("gated_rms_norm", lambda: (normal(3, 16), normal(3, 16), normal(8), 1e-5, 8), "`weight` has shape (8,)"),
+        ("gated_rms_norm", lambda: (normal(3, 16), normal(3, 16), normal(16), 1e-5, 7), "groups of 7"),
+        ("step_and_decay", lambda: (normal(1, 3, 4), normal(4), normal(3), (0.0, 1.0), None), "`A_log` has shape (3,)"),
+        ("step_and_decay", lambda: (normal(1, 3, 4), normal(1), normal(4), (0.0, 1.0), None), "`dt_bias` has shape (1,)"),
+        ("causal_conv1d_update", lambda: (normal(2, 8, 4), normal(2, 9), normal(8, 4)), "`x` has shape (2, 9)"),
+        ("causal_conv1d_update", lambda: (normal(2, 8, 4), normal(2, 8), normal(8, 3)), "`weight` has shape (8, 3)"),
+        ("causal_conv1d_update", lambda: (normal(2, 8, 4), normal(2, 8), normal(8, 4), normal(7)), "`bias` has shape (7,)"),
+        ("causal_conv1d_replay", lambda: (normal(2, 8, 4), normal(2, 3, 7), normal(8, 4)), "`x` has shape (2, 3, 7)"),
+        ("causal_conv1d_replay", lambda: (normal(2, 8, 4), normal(2, 3, 8), normal(7, 4)), "`weight` has shape (7, 4)"),
+        ("causal_conv1d_replay", lambda: (normal(2, 8, 4), normal(2, 3, 8), normal(8, 4), normal(7)), "`bias` has shape (7,)"),
+        ("selective_state_update", lambda: without(step_inputs(), 1, (3, 3, 9)), "`x` has shape (3, 3, 9)"),
+        ("selective_state_update", lambda: without(step_inputs(), 2, (2, 3)), "`dt` has shape (2, 3)"),
+        ("selective_state_update", lambda: without(step_inputs(), 3, (1,)), "`A` has shape (1,)"),
+        ("selective_state_update", lambda: without(step_inputs(), 4, (3, 2, N)), "`B` has shape (3, 2, "),
+        ("selective_state_update", lambda: without(step_inputs(), 5, (3, 1, N)), "`C` has shape (3, 1, "),
+        ("selective_state_update", lambda: without(step_inputs(), 6, (5,)), "`D` has shape (5,)"),
+        ("selective_state_replay", lambda: without(replay_inputs(), 6, (9,)), "`D` has shape (9,)"),
+        ("topk_routing", lambda: (normal(3, 8).float(), normal(1).float(), 2), "`bias` has shape (1,)"),
+        ("topk_routing", lambda: (normal(3, 8).float(), normal(8).float(), 9), "`top_k` is 9"),
+        ("router_logits", lambda: (normal(3, 16).float(), normal(8, 15).float()), "`weight` (8, 15)"),
+        ("route_few_tokens", lambda: (normal(3, 16), normal(8, 16), normal(7).float(), None, 2), "`bias` has shape (7,)"),
+        ("small_batch_linear", lambda: (normal(3, 16), normal(8, 15)), "`weight` (8, 15)"),
+        ("small_batch_linear", lambda: (normal(3, 16), normal(8, 16), normal(7)), "`bias` has shape (7,)"),
+        ("joint_linear", lambda: (normal(3, 16), [normal(8, 16), normal(8, 15)]), "`weight` (8, 15)"),
+        ("small_batch_linear", lambda: (normal(3, 16), normal(8, 16), None, False, (normal(3, 7),)), "`plus` has shape (3, 7)"),
+        ("fp8_linear", lambda: (normal(3, 16), *packed("fp8", 8, 24)), "`weight` has 24 inputs, and 16 come"),
+        ("nvfp4_linear", lambda: (normal(3, 16), *packed("nvfp4", 8, 32)), "`weight` has 32 inputs, and 16 come"),
+        ("nvfp4_linear", lambda: without((normal(3, 32), *packed("nvfp4", 8, 32)), 2, (8, 1)), "scale` has shape (8, 1)"),
+        ("fp8_linear", lambda: without((normal(3, 16), *packed("fp8", 8, 16)), 2, (8,)), "scale` has shape (8,)"),
+        ("fp8_experts", lambda: (*expert_inputs()[:3], packed("fp8", 4, 8, 24), packed("fp8", 4, 16, 8)), "`up` has 24 inputs"),
+        ("fp8_experts", lambda: (*expert_inputs()[:3], packed("fp8", 4, 8, 16), packed("fp8", 4, 16, 16)), "`down` has 16 inputs"),
+        ("fp8_experts", lambda: (*expert_inputs()[:3], packed("fp8", 4, 8, 16), packed("fp8", 3, 16, 8)), "`down` is (3, 16, 8)"),
+        ("likeliest", lambda: (normal(3, 16), torch.zeros(2, dtype=torch.int64, device=DEVICE)), "`out` has shape (2,)"),
+        ("keep_drafts", lambda: without(draft_inputs(), 0, (3, 5)), "`tokens` has shape (3, 5)"),
+        ("keep_drafts", lambda: without(draft_inputs(), 4, (2,)), "`kept` has shape (2,)"),
+        ("keep_drafts", lambda: without(draft_inputs(), 6, (2, 4)), "`positions` has shape (2, 4)"),
+        ("decode_attention", lambda: without(attention_inputs(), 1, (3, 4, 7, 16)), "`key` (3, 4, 7, 16)"),
+        ("decode_attention", lambda: without(attention_inputs(), 2, (3, 3, 8, 16)), "`value` has shape (3, 3, 8, 16)"),
+        ("decode_attention", lambda: without(attention_inputs(), 3, (1, 3)), "`last` has shape (1, 3)"),
+        ("decode_attention", lambda: without(attention_inputs(), 4, (3, 6)), "`there` has shape (3, 6)"),
+        ("fill_slots", lambda: without(fill_inputs(), 4, (1, 2)), "`index` has shape (1, 2)"),
+        ("fill_slots", lambda: (normal(3, 4, 5, 16), normal(3, 4, 5, 16), *fill_inputs()[2:]), "`keys` has shape (3, 4, 5, 16)"),
+        ("fill_slots", lambda: without(fill_inputs(), 1, (3, 3, 6, 16)), "`values` has shape (3, 3, 6, 16)"),
         ("linear_cross_entropy", lambda: (normal(3, 16), normal(8, 16), torch.zeros(3, device=DEVICE)), "wants int64"),
         ("linear_cross_entropy", lambda: (normal(3, 16), normal(8, 15), torch.zeros(3, device=DEVICE).long()), "(8, 15)"),
     ],
@@ -439,3 +492,11 @@ def test_refused(op, args, words):
     with torch.no_grad(), use_kernels("triton"), pytest.raises(KernelError) as error:
         getattr(registry, op)(*args())
     assert words in str(error.value) and op in str(error.value)
+
+
+@pytest.mark.parametrize("step", [1e2, 1e4, 1e8])
+def test_steps_that_forget_all(check, step):
+    """Tokens behind them are as exact as without them, and so are gradients."""
+    x, dt, A, B, C, D = scan_inputs(length=70)
+    dt[:, [5, 40]], x[:, [5, 40]] = step, 0
+    check("ssd_chunk_scan", [x, dt, A - 1, B, C, D], floors=dict.fromkeys(range(8), 1e-4))

@@ -115,7 +115,8 @@ def _ids(seq_idx, start, end, i, L: tl.constexpr, PACKED: tl.constexpr):
 @triton.jit
 def _decays(dt, a, i, ids, before, last, PACKED: tl.constexpr, L: tl.constexpr):
     """Log2 of the decay up to each position, decay from the incoming state, to the outgoing state, over the whole chunk."""
-    log = tl.cumsum(dt * (a * LOG2_E), 0)
+    # No float32 is as small as 2^-150: beyond, a step forgets all, and sums of larger logs would take later ones' digits.
+    log = tl.cumsum(tl.maximum(dt * (a * LOG2_E), -150.0, propagate_nan=tl.PropagateNan.ALL), 0)
     total = tl.sum(tl.where(i == L - 1, log, 0.0), 0)
     from_start, to_end, across = tl.exp2(log), tl.exp2(total - log), tl.exp2(total)
     if PACKED:
