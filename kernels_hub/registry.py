@@ -37,6 +37,7 @@ from .reference.causal_conv1d import causal_conv1d as _causal_conv1d
 from .reference.causal_conv1d import causal_conv1d_update as _causal_conv1d_update
 from .reference.causal_conv1d import conv_misfit
 from .reference.decode_attention import decode_attention as _decode_attention
+from .reference.dispatch import misshapen
 from .reference.fill_slots import fill_slots as _fill_slots
 from .reference.keep_drafts import keep_drafts as _keep_drafts
 from .reference.likeliest import likeliest as _likeliest
@@ -93,24 +94,16 @@ def _dense_tail(name: str, tensor: Tensor, dims: int) -> str | None:
 # Why the Triton kernel of an op cannot serve these arguments, or None. Devices are looked at before.
 
 
-def _shape_of(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> str | None:
-    return (
-        None
-        if tensor.shape == wanted
-        else f"`{name}` has shape {tuple(tensor.shape)}, the kernel wants {tuple(wanted)}"
-    )
-
-
 def _norm_limits(x: Tensor, weight: Tensor, eps: float) -> str | None:
     if x.shape[-1] > 65536:
         return f"`x` is {x.shape[-1]} wide, the kernel holds at most 65536 in one program"
-    return _dtype_of("x", x) or _shape_of("weight", weight, x.shape[-1:])
+    return _dtype_of("x", x) or misshapen(("weight", weight, x.shape[-1:]))
 
 
 def _gated_norm_limits(y: Tensor, z: Tensor, weight: Tensor, eps: float, group_size: int) -> str | None:
     if y.shape[-1] % group_size:
         return f"`y` is {y.shape[-1]} wide, which groups of {group_size} do not divide"
-    misfit = _shape_of("z", z, y.shape) or _shape_of("weight", weight, y.shape[-1:])
+    misfit = misshapen(("z", z, y.shape), ("weight", weight, y.shape[-1:]))
     return misfit or _dtype_of("y", y) or _dtype_of("z", z)
 
 
@@ -123,8 +116,9 @@ def _conv_limits(
 
 
 def _conv_update_limits(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    misfit = _shape_of("x", x, state.shape[:2]) or _shape_of("weight", weight, state.shape[1:])
-    misfit = misfit or (None if bias is None else _shape_of("bias", bias, state.shape[1:2]))
+    misfit = misshapen(
+        ("x", x, state.shape[:2]), ("weight", weight, state.shape[1:]), ("bias", bias, state.shape[1:2])
+    )
     return misfit or _dtype_of("x", x) or _dense_tail("state", state, 2)
 
 
@@ -157,9 +151,7 @@ def _scan_limits(
 def _step_limits(dt: Tensor, dt_bias: Tensor, A_log: Tensor, *time_step: Any, **named: Any) -> str | None:
     if not 0 < dt.shape[0] < 65536:
         return f"`dt` has {dt.shape[0]} rows, a launch takes 1 to 65535"
-    return (
-        _dtype_of("dt", dt) or _shape_of("dt_bias", dt_bias, dt.shape[-1:]) or _shape_of("A_log", A_log, dt.shape[-1:])
-    )
+    return _dtype_of("dt", dt) or misshapen(("dt_bias", dt_bias, dt.shape[-1:]), ("A_log", A_log, dt.shape[-1:]))
 
 
 def _state_update_limits(
@@ -176,19 +168,24 @@ def _state_misfit(
     _, heads, head_dim, size = state.shape
     if B.shape[:-2] != tokens or B.shape[-1] != size or heads % B.shape[-2]:
         return f"`B` has shape {tuple(B.shape)}, `state` {tuple(state.shape)}"
-    misfit = _shape_of("x", x, (*tokens, heads, head_dim)) or _shape_of("dt", dt, (*tokens, heads))
-    misfit = misfit or _shape_of("A", A, (heads,)) or _shape_of("D", D, (heads,))
-    return misfit or _shape_of("C", C, B.shape)
+    per_head = (heads,)
+    return misshapen(
+        ("x", x, (*tokens, heads, head_dim)), ("dt", dt, (*tokens, heads)), ("A", A, per_head), ("D", D, per_head), ("C", C, B.shape)
+    )  # fmt: skip
 
 
 def _logits_limits(x: Tensor, weight: Tensor) -> str | None:
+    if x.dtype == weight.dtype == torch.bfloat16 and not x.is_cuda:
+        return "in bfloat16 the kernel needs a GPU"
+    return _product_misfit(x, weight) or _dtype_of("x", x)
+
+
+def _product_misfit(x: Tensor, weight: Tensor) -> str | None:
     if weight.dtype != x.dtype:
         return f"`x` and `weight` are {x.dtype} and {weight.dtype}: the kernel wants one dtype"
     if weight.shape[-1] != x.shape[-1]:
         return f"`x` is {tuple(x.shape)}, `weight` {tuple(weight.shape)}"
-    if x.dtype == torch.bfloat16 and not x.is_cuda:
-        return "in bfloat16 the kernel needs a GPU"
-    return _dtype_of("x", x)
+    return None
 
 
 def _routing_limits(
@@ -207,12 +204,10 @@ def _routing_limits(
 def _choice_limits(experts: int, bias: Tensor, top_k: int, n_group: int) -> str | None:
     if top_k > experts:
         return f"`top_k` is {top_k}, there are {experts} experts"
-    misfit = _shape_of("bias", bias, (experts,))
-    if misfit is not None:
-        return misfit
     if n_group > 1:
         return f"`n_group` is {n_group}, the kernel knows one group"
-    return f"{experts} experts, the kernel serves up to 4096" if experts > 4096 else None
+    misfit = misshapen(("bias", bias, (experts,)))
+    return misfit or (f"{experts} experts, the kernel serves up to 4096" if experts > 4096 else None)
 
 
 def _route_few_limits(
@@ -267,16 +262,14 @@ def _packed_misfit(name: str, width: int, codes: Tensor, *scales: Tensor) -> str
     if inputs != width:
         return f"`{name}` has {inputs} inputs, and {width} come"
     wanted = [(*codes.shape[:-1], inputs // 16), codes.shape[:-2]] if two else [codes.shape[:-2]]
-    misfits = (_shape_of(f"{name}'s scale", *pair) for pair in zip(scales, wanted, strict=True))
-    return next(filter(None, misfits), None)
+    return misshapen(*((f"{name}'s scale", *pair) for pair in zip(scales, wanted, strict=True)))
 
 
 def _nvfp4_linear_limits(
     x: Tensor, packed: Tensor, scale: Tensor, global_scale: Tensor, *epilogue: Any, **named: Any
 ) -> str | None:
-    return _packed_misfit("weight", x.shape[-1], packed, scale, global_scale) or _packed_limits(
-        x, (packed, scale, global_scale)
-    )
+    weight = packed, scale, global_scale
+    return _packed_misfit("weight", x.shape[-1], *weight) or _packed_limits(x, weight)
 
 
 def _fp8_linear_limits(x: Tensor, weight: Tensor, scale: Tensor, *epilogue: Any, **named: Any) -> str | None:
@@ -317,11 +310,11 @@ def _conv_replay_limits(
     settled: int = 0,
     kept: Tensor | None = None,
 ) -> str | None:
-    taps = _shape_of("weight", weight, state.shape[1:])
-    if taps is not None or x.shape[0] != state.shape[0] or x.shape[-1] < state.shape[1]:
-        return taps or f"`x` has shape {tuple(x.shape)}, `state` {tuple(state.shape)}"
-    if bias is not None and bias.shape != state.shape[1:2]:
-        return _shape_of("bias", bias, state.shape[1:2])
+    if x.shape[0] != state.shape[0] or x.shape[-1] < state.shape[1]:
+        return f"`x` has shape {tuple(x.shape)}, `state` {tuple(state.shape)}"
+    misfit = misshapen(("weight", weight, state.shape[1:]), ("bias", bias, state.shape[1:2]))
+    if misfit is not None:
+        return misfit
     if drafts is None:
         return _replayed(0, settled) or _dtype_of("x", x) or _dense_tail("state", state, 2)
     if drafts.dtype != x.dtype or x.shape[1] > drafts.shape[1]:
@@ -362,13 +355,11 @@ def _small_linear_limits(
 ) -> str | None:
     if x.numel() > 64 * x.shape[-1]:
         return f"`x` is {tuple(x.shape)}, the kernel serves (..., in) with up to 64 tokens in all"
-    if weight.dtype != x.dtype:
-        return f"`x` and `weight` are {x.dtype} and {weight.dtype}: the kernel wants one dtype"
-    if weight.shape[-1] != x.shape[-1]:
-        return f"`x` is {tuple(x.shape)}, `weight` {tuple(weight.shape)}"
-    misfits = (_shape_of("plus", term, (*x.shape[:-1], weight.shape[0])) for term in plus)
-    misfit = None if bias is None else _shape_of("bias", bias, weight.shape[:1])
-    return _dtype_of("x", x) or misfit or next(filter(None, misfits), None)
+    out = *x.shape[:-1], weight.shape[0]
+    misfit = _product_misfit(x, weight) or misshapen(
+        ("bias", bias, weight.shape[:1]), *(("plus", term, out) for term in plus)
+    )
+    return misfit or _dtype_of("x", x)
 
 
 def _joint_linear_limits(x: Tensor, weights: Sequence[Tensor]) -> str | None:
@@ -419,8 +410,9 @@ def _attention_misfit(query: Tensor, key: Tensor, value: Tensor, last: Tensor, t
     batch, heads, tokens, head_dim = query.shape
     if key.shape[0] != batch or key.shape[3] != head_dim or heads % key.shape[1]:
         return f"`query` has shape {tuple(query.shape)}, `key` {tuple(key.shape)}"
-    misfit = _shape_of("value", value, key.shape) or _shape_of("last", last, (batch, tokens))
-    return misfit or (None if there is None else _shape_of("there", there, (batch, key.shape[2])))
+    return misshapen(
+        ("value", value, key.shape), ("last", last, (batch, tokens)), ("there", there, (batch, key.shape[2]))
+    )
 
 
 def _fill_slots_limits(
@@ -435,11 +427,15 @@ def _fill_slots_limits(
     fp8 = k_scale is not None
     if fp8 != (v_scale is not None) or new_values.dtype != new_keys.dtype:
         return "the kernel wants keys and values of one dtype, and scales for both or for none"
-    misfit = _shape_of("values", values, keys.shape) or _shape_of("new_values", new_values, new_keys.shape)
     batch, heads, tokens, head_dim = new_keys.shape
-    misfit = misfit or _shape_of("index", index, (batch, tokens))
-    if misfit is not None or keys.shape[:2] != (batch, heads) or keys.shape[3] != head_dim:
-        return misfit or f"`keys` has shape {tuple(keys.shape)}, `new_keys` {tuple(new_keys.shape)}"
+    misfit = misshapen(
+        ("keys", keys, (batch, heads, keys.shape[2], head_dim)),
+        ("values", values, keys.shape),
+        ("new_values", new_values, new_keys.shape),
+        ("index", index, (batch, tokens)),
+    )
+    if misfit is not None:
+        return misfit
     wanted = torch.float8_e4m3fn if fp8 else new_keys.dtype
     if keys.dtype != wanted or values.dtype != wanted:
         return f"`keys` and `values` are {keys.dtype} and {values.dtype}, the kernel would write {wanted}"
@@ -449,8 +445,9 @@ def _fill_slots_limits(
 
 
 def _likeliest_limits(logits: Tensor, out: Tensor) -> str | None:
-    if out.shape != logits.shape[:-1]:
-        return _shape_of("out", out, logits.shape[:-1])
+    misfit = misshapen(("out", out, logits.shape[:-1]))
+    if misfit is not None:
+        return misfit
     if out.dim() > 2:
         return f"`out` has {out.dim()} dimensions, the kernel serves up to 2"
     if logits.numel() // max(1, logits.shape[-1]) > 2**31 - 1 or logits.shape[-1] > 2**27:
@@ -468,11 +465,13 @@ def _keep_drafts_limits(
     positions: Tensor,
     accepted: Tensor,
 ) -> str | None:
-    rows = {"room": room, "kept": kept, "newest": newest, "accepted": accepted}
-    misfits = (_shape_of(name, tensor, own.shape[:1]) for name, tensor in rows.items())
-    misfit = _shape_of("tokens", tokens, own.shape) or next(filter(None, misfits), None)
-    if misfit is not None or positions.shape[0] != own.shape[0]:
-        return misfit or f"`positions` has shape {tuple(positions.shape)}, there are {own.shape[0]} rows"
+    rows = own.shape[:1]
+    misfit = misshapen(
+        ("tokens", tokens, own.shape), ("room", room, rows), ("kept", kept, rows), ("newest", newest, rows),
+        ("accepted", accepted, rows), ("positions", positions, (*rows, *positions.shape[1:])),
+    )  # fmt: skip
+    if misfit is not None:
+        return misfit
     if own.shape[1] > 64 or stops.shape[0] > 1024:
         return f"{own.shape[1]} tokens and {stops.shape[0]} stops, the kernel serves up to 64 and 1024"
     named = {"tokens": tokens, "own": own, "stops": stops, "room": room, "kept": kept, "newest": newest}

@@ -61,7 +61,7 @@ def compile_first_call(model, input_ids: Tensor, config: GenerationConfig, model
     static, batch = isinstance(cache, StaticHybridCache), input_ids.shape[0]
     kind = (batch, static, config.use_mtp, config.do_sample)
     known = _gone_through.setdefault(model, set())
-    if kind in known or not compile_ahead.available() or _watched(model) or why_not_recorded(model, batch) is not None:
+    if kind in known or not _can_be_gone_through(model, batch):
         return
     tokens = (input_ids if embeds is None else embeds).shape[1]
     if isinstance(cache, HybridCache):
@@ -74,16 +74,11 @@ def compile_first_call(model, input_ids: Tensor, config: GenerationConfig, model
         pad_token_id=0,
     )
     ids = torch.zeros(batch, min(tokens, _LONGEST_PROMPT), dtype=torch.long, device=model.device)
-    try:
-        with (
-            torch.random.fork_rng([model.device]),
-            idle_caches_aside(model),
-            compile_ahead.compiling_ahead(model.device),
-        ):
-            model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=mine)
-    except torch.OutOfMemoryError:
-        # Beside the caller's cache there is no room for another: kernels are compiled as they come.
-        pass
+    with idle_caches_aside(model):
+        _only_compile(
+            model.device,
+            lambda: model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=mine),
+        )
 
 
 def first_step_compiled_ahead(forward: Callable) -> Callable:
@@ -112,29 +107,37 @@ def _compile_first_step(model: nn.Module, forward: Callable) -> None:
     learning = [weight for weight in weights if weight.requires_grad]
     if (
         not learning
-        or not compile_ahead.available()
-        or why_not_recorded(model, _MANY_TOKENS) is not None
-        or _watched(model)
+        or not _can_be_gone_through(model, _MANY_TOKENS)
         or any(type(weight) is not nn.Parameter for weight in weights)
         or any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in learning)
         or any(_reentrant(module) for module in model.modules())
         or torch._C._len_torch_dispatch_stack() > 0
     ):
         return
+
+    def step() -> None:
+        output = forward()
+        result = output.logits.sum() if output.loss is None else output.loss
+        if result.requires_grad:
+            with torch.autocast(model.device.type, enabled=False):  # which a step has left by then
+                torch.autograd.grad(result, learning, allow_unused=True)
+
+    # Gradients are computed by this thread: others would launch what they compile.
+    with torch.autograd.set_multithreading_enabled(False):
+        _only_compile(model.device, step)
+
+
+def _can_be_gone_through(model: nn.Module, tokens: int) -> bool:
+    return compile_ahead.available() and not _watched(model) and why_not_recorded(model, tokens) is None
+
+
+def _only_compile(device: torch.device, call: Callable[[], object]) -> None:
+    """Go through a call. Where there is no room for it beside the caller's tensors, kernels are compiled as they come."""
     try:
-        with (
-            torch.random.fork_rng([model.device]),
-            compile_ahead.compiling_ahead(model.device),
-            # Gradients are computed by this thread: others would launch what they compile.
-            torch.autograd.set_multithreading_enabled(False),
-        ):
-            output = forward()
-            result = output.logits.sum() if output.loss is None else output.loss
-            if result.requires_grad:
-                with torch.autocast(model.device.type, enabled=False):  # which a step has left by then
-                    torch.autograd.grad(result, learning, allow_unused=True)
+        with torch.random.fork_rng([device]), compile_ahead.compiling_ahead(device):
+            call()
     except torch.OutOfMemoryError:
-        pass  # for a step that lets gradients go one by one, say
+        pass
 
 
 def _reentrant(module: nn.Module) -> bool:
